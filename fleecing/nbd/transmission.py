@@ -147,7 +147,12 @@ def done_reply(mode: ReplyMode, cookie: int, offset: int) -> bytes:
 
 
 def data_header(mode: ReplyMode, cookie: int, offset: int, length: int) -> bytes:
-    """What goes in front of the data of a READ that is answered in one piece; nothing may fail afterwards."""
+    """What goes in front of the data of a READ that is answered in one piece; nothing may fail afterwards.
+
+    A READ of length 0 gets the reply without data: "each chunk MUST describe at least one byte".
+    """
+    if length == 0:
+        return done_reply(mode, cookie, offset)
     if mode is ReplyMode.STRUCTURED:
         return _CHUNK_DATA.pack(STRUCTURED_REPLY_MAGIC, 1, 1, cookie, length + 8, offset)
     if mode is ReplyMode.SIMPLE:
@@ -270,6 +275,8 @@ def status_payload(payload: bytes, selected: Collection[int]) -> tuple[int, tupl
         raise RequestError(NbdError.EINVAL, f"a block status payload of {len(payload)} bytes is not 8 + 4n")
     (length,) = STATUS_PAYLOAD.unpack_from(payload)
     ids = tuple(number for (number,) in STATUS.iter_unpack(payload[STATUS_PAYLOAD.size :]))
+    if not ids:
+        raise RequestError(NbdError.EINVAL, "a block status payload without a context id has no extent to answer")
     if len(set(ids)) != len(ids):
         raise RequestError(NbdError.EINVAL, "a context id appears twice in the block status payload")
     for number in ids:
