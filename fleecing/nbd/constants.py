@@ -47,21 +47,21 @@ ZERO_PADDING: Final = 124
 
 
 class HandshakeFlag(IntFlag):
-    """"Handshake flags": the server's, 16 bits."""
+    """Section "Handshake flags": the server's, 16 bits."""
 
     FIXED_NEWSTYLE = 1 << 0
     NO_ZEROES = 1 << 1
 
 
 class ClientFlag(IntFlag):
-    """"Client flags": the answer to the handshake flags, 32 bits."""
+    """Section "Client flags": the answer to the handshake flags, 32 bits."""
 
     C_FIXED_NEWSTYLE = 1 << 0
     C_NO_ZEROES = 1 << 1
 
 
 class Opt(IntEnum):
-    """"Option types"."""
+    """Section "Option types"."""
 
     EXPORT_NAME = 1
     ABORT = 2
@@ -77,7 +77,7 @@ class Opt(IntEnum):
 
 
 class Rep(IntEnum):
-    """"Option reply types"."""
+    """Section "Option reply types"."""
 
     ACK = 1
     SERVER = 2
@@ -96,7 +96,7 @@ class Rep(IntEnum):
 
 
 class Info(IntEnum):
-    """"Option reply types", NBD_REP_INFO: what an information item tells."""
+    """Section "Option reply types", NBD_REP_INFO: what an information item tells."""
 
     EXPORT = 0
     NAME = 1
@@ -105,7 +105,7 @@ class Info(IntEnum):
 
 
 class TransmissionFlag(IntFlag):
-    """"Transmission flags": what an export can do, 16 bits."""
+    """Section "Transmission flags": what an export can do, 16 bits."""
 
     HAS_FLAGS = 1 << 0
     READ_ONLY = 1 << 1
@@ -123,7 +123,7 @@ class TransmissionFlag(IntFlag):
 
 
 class Cmd(IntEnum):
-    """"Request types"."""
+    """Section "Request types"."""
 
     READ = 0
     WRITE = 1
@@ -136,7 +136,7 @@ class Cmd(IntEnum):
 
 
 class CmdFlag(IntFlag):
-    """"Command flags", 16 bits."""
+    """Section "Command flags", 16 bits."""
 
     FUA = 1 << 0
     NO_HOLE = 1 << 1
@@ -147,13 +147,13 @@ class CmdFlag(IntFlag):
 
 
 class ReplyFlag(IntFlag):
-    """"Structured reply flags", 16 bits."""
+    """Section "Structured reply flags", 16 bits."""
 
     DONE = 1 << 0
 
 
 class ReplyType(IntEnum):
-    """"Structured reply types"."""
+    """Section "Structured reply types"."""
 
     NONE = 0
     OFFSET_DATA = 1
@@ -165,7 +165,7 @@ class ReplyType(IntEnum):
 
 
 class NbdError(IntEnum):
-    """"Error values": the only ones that may be on the wire, whatever the host's errno is."""
+    """Section "Error values": the only ones that may be on the wire, whatever the host's errno is."""
 
     EPERM = 1
     EIO = 5
@@ -186,7 +186,7 @@ class ReplyMode(Enum):
 
 
 class AllocationStatus(IntFlag):
-    """"Metadata querying", base:allocation: what a block status extent of that context says."""
+    """Section "Metadata querying", base:allocation: what a block status extent of that context says."""
 
     HOLE = 1 << 0
     ZERO = 1 << 1

@@ -21,7 +21,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from enum import Enum
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from fleecing.errors import FleecingError, ProtocolError
 
@@ -33,7 +33,7 @@ Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
 
 class TlsMode(Enum):
-    """"TLS support": what a side does about encryption, for the whole connection."""
+    """Section "TLS support": what a side does about encryption, for the whole connection."""
 
     OFF = "off"
     """NOTLS."""
@@ -112,7 +112,7 @@ class Conversation(ABC):
         except FleecingError as error:
             self._fail(error)
 
-    def _fail(self, error: FleecingError) -> None:
+    def _fail(self, error: FleecingError) -> NoReturn:
         self._failure = error
         self._finished = True
         self._incoming.clear()

@@ -42,7 +42,7 @@ class OptionError(FleecingError):
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """"Size constraints", in bytes."""
+    """Section "Size constraints", in bytes."""
 
     minimum: int
     preferred: int
@@ -123,7 +123,7 @@ def option_reply(number: int, reply: Rep, data: bytes = b"") -> bytes:
 
 
 def error_option_reply(number: int, error: OptionError) -> bytes:
-    """"any error reply MAY carry a human-readable text"."""
+    """The refusal with its sentence: "any error reply MAY carry a human-readable text"."""
     return option_reply(number, error.reply, wire_text(error.text))
 
 
@@ -196,7 +196,7 @@ def parse_info_string(data: bytes) -> str:
 
 
 def string(raw: bytes, what: str) -> str:
-    """"Conventions": UTF-8, "MUST NOT contain NUL characters", "MUST be no longer than 4096 bytes"."""
+    """Section "Conventions": UTF-8, "MUST NOT contain NUL characters", "MUST be no longer than 4096 bytes"."""
     if len(raw) > MAX_STRING:
         raise OptionError(Rep.ERR_INVALID, f"the {what} of {len(raw)} bytes is above the limit of {MAX_STRING}")
     if b"\0" in raw:

@@ -300,7 +300,7 @@ def _check_one_by_one(limits: RequestLimits, number: int, flags: int, offset: in
 
 
 def _check_permission(limits: RequestLimits, command: Cmd) -> None:
-    """"If the server ... is read-only, [it] SHOULD set the error to NBD_EPERM" for what changes the export.
+    """On a read-only export "the server SHOULD set the error to NBD_EPERM" for what would change it.
 
     A snapshot is read-only and yet takes TRIM: it drops what the client has read, and it says so by SEND_TRIM.
     """
@@ -316,7 +316,7 @@ def _check_permission(limits: RequestLimits, command: Cmd) -> None:
 
 
 def _check_flags(limits: RequestLimits, command: Cmd, flags: int) -> None:
-    """"SHOULD set NBD_EINVAL if it receives an unknown flag, or one not documented for the command"."""
+    """EINVAL for "an unknown flag, or one not documented for the command"."""
     wrong = flags & ~int(_allowed_flags(limits, command))
     if wrong:
         raise RequestError(NbdError.EINVAL, f"{command.name} does not take flags {_flag_names(wrong)} here")
@@ -329,7 +329,8 @@ def _check_range(limits: RequestLimits, command: Cmd, offset: int, length: int) 
         raise RequestError(NbdError.EINVAL, "BLOCK_STATUS of length 0 has no extent to answer")
     if length > _longest(limits, command):
         raise RequestError(
-            NbdError.EINVAL, f"{command.name} of {length} bytes is above the maximum payload of {limits.maximum_payload}"
+            NbdError.EINVAL,
+            f"{command.name} of {length} bytes is above the maximum payload of {limits.maximum_payload}",
         )
     if offset + length > limits.size:
         error = NbdError.ENOSPC if command in (Cmd.WRITE, Cmd.WRITE_ZEROES) else NbdError.EINVAL
@@ -344,7 +345,7 @@ def _check_range(limits: RequestLimits, command: Cmd, offset: int, length: int) 
 
 
 def _allowed_flags(limits: RequestLimits, command: Cmd) -> CmdFlag:
-    """"Command flags": which ones the command takes on this connection."""
+    """Section "Command flags": which ones the command takes on this connection."""
     told = limits.flags
     allowed = CmdFlag(0)
     if TransmissionFlag.SEND_FUA in told:
@@ -365,7 +366,7 @@ def _allowed_flags(limits: RequestLimits, command: Cmd) -> CmdFlag:
 
 
 def _needs_payload(limits: RequestLimits, command: Cmd) -> bool:
-    """"if extended headers were negotiated, the client MUST set [PAYLOAD_LEN] on NBD_CMD_WRITE" [X]."""
+    """Whether "the flag MUST be set": "with extended headers [...] for NBD_CMD_WRITE" [X]."""
     return limits.mode is ReplyMode.EXTENDED and command is Cmd.WRITE
 
 
