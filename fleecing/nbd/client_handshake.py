@@ -158,14 +158,19 @@ class _ClientConversation(Conversation):
         if self._debug:
             self._log.debug("< %s to %s, %d bytes", _reply_name(reply), number.name, length)
         if reply & REP_FLAG_ERROR:
-            known = Rep(reply) if reply in _REPLY_NAMES else Rep.ERR_UNSUP
+            known = Rep(reply) if reply in _REPLY_NAMES else Rep.ERR_POLICY
             raise OptionError(known, data.decode("utf-8", "replace") or f"{number.name} was refused")
         if reply == Rep.ACK and data:
             raise ProtocolError(f"an ACK to {number.name} with {length} bytes of data")
         return reply, data
 
+    def _check_unwelcome(self, number: Opt, error: OptionError) -> None:
+        """Give up after an error that no other option can mend; after ERR_SHUTDOWN a client MUST."""
+        if error.reply in (Rep.ERR_SHUTDOWN, Rep.ERR_TLS_REQD):
+            self._refuse(f"the server refuses {number.name}: {error}", error.reply)
+
     def _refuse(self, text: str, reply: int | None) -> NoReturn:
-        """Say goodbye as the protocol asks ("MUST use soft disconnect") and tell the owner why."""
+        """Say goodbye, in the soft way that is asked of clients, and tell the owner why."""
         if self._fixed_newstyle:
             self._outgoing += options.option(Opt.ABORT)
         raise ExportRefused(text, reply)
@@ -214,7 +219,7 @@ class ClientHandshake(_ClientConversation):
         except OptionError as error:
             if error.reply != Rep.ERR_UNSUP or mode is ReplyMode.EXTENDED:
                 self._refuse(f"the server refuses export {self._name!r}: {error}", error.reply)
-            # "clients SHOULD be prepared to [...] handle NBD_REP_ERR_UNSUP by falling back to NBD_OPT_EXPORT_NAME"
+            # "clients SHOULD be prepared to also handle NBD_REP_ERR_UNSUP by falling back to using NBD_OPT_EXPORT_NAME"
             self.agreement = yield from self._export_name(mode, contexts)
 
     def _agree_on_mode(self) -> Steps[ReplyMode]:
@@ -229,8 +234,7 @@ class ClientHandshake(_ClientConversation):
             try:
                 yield from self._simple_option(number)
             except OptionError as error:
-                if error.reply in (Rep.ERR_SHUTDOWN, Rep.ERR_TLS_REQD):
-                    self._refuse(f"the server refuses {number.name}: {error}", error.reply)
+                self._check_unwelcome(number, error)
                 continue
             return mode
         return ReplyMode.SIMPLE
@@ -242,7 +246,8 @@ class ClientHandshake(_ClientConversation):
         while True:
             try:
                 reply, data = yield from self._reply(Opt.SET_META_CONTEXT)
-            except OptionError:
+            except OptionError as error:
+                self._check_unwelcome(Opt.SET_META_CONTEXT, error)
                 return {}
             if reply == Rep.ACK:
                 return selected
@@ -273,7 +278,7 @@ class ClientHandshake(_ClientConversation):
                 case Info.NAME | Info.DESCRIPTION as item:
                     texts[Info(item)] = _sound(options.parse_info_string, data)
                 case _:
-                    pass  # "MUST ignore" items that it does not know
+                    pass  # "MUST ignore information types that it does not recognize"
         if export is None:
             raise ProtocolError("the server acknowledges GO without telling the size of the export")
         size, flags = export

@@ -27,7 +27,7 @@ EXTENDED_REPLY_MAGIC: Final = 0x6E8A278C  # [X]
 # "Conventions", "Size constraints"; all in bytes
 DEFAULT_PORT: Final = 10809
 MAX_STRING: Final = 4096
-"""The longest name, description, query or error text: "MUST NOT be longer than 4096 bytes"."""
+"""The longest name, description, query or error text, in bytes: "MUST be no longer than 4096 bytes"."""
 DEFAULT_MINIMUM_BLOCK: Final = 1
 DEFAULT_PREFERRED_BLOCK: Final = 4096
 DEFAULT_MAXIMUM_PAYLOAD: Final = 1 << 25
@@ -35,11 +35,11 @@ DEFAULT_MAXIMUM_PAYLOAD: Final = 1 << 25
 MAX_MINIMUM_BLOCK: Final = 1 << 16
 UNLIMITED_PAYLOAD: Final = 0xFFFFFFFF
 MAX_EXPORT_SIZE: Final = (1 << 63) - 1
-"""Sizes travel as u64; no file of this machine is longer than this."""
+"""Sizes travel as u64; no file is longer than this."""
 MAX_STATUS_EXTENTS: Final = 1 << 20
-""""a server SHOULD NOT send more than 2^20 extents in a single chunk"."""
+"""The longest answer: "a server SHOULD NOT send more than 2^20 status descriptors in a single chunk"."""
 
-# The bits that "Export flags"/"Option reply types" set apart
+# "Option reply types", "Structured reply types": the bits that set errors apart
 REP_FLAG_ERROR: Final = 1 << 31
 REPLY_TYPE_ERROR_BIT: Final = 1 << 15
 ZERO_PADDING: Final = 124

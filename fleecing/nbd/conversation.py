@@ -137,7 +137,8 @@ class Conversation(ABC):
     def _start_tls(self) -> Steps[None]:
         """Wait until TLS is up. What is already buffered was sent in the clear, by whoever it may have been.
 
-        "all further data ... is encrypted": bytes behind STARTTLS would be taken for the client's (command injection).
+        "all further data MUST be sent and received over TLS": bytes that an attacker put behind STARTTLS must never be
+        taken for what the peer says under TLS.
         """
         if self._incoming:
             raise ProtocolError(f"{len(self._incoming)} unencrypted bytes arrived behind STARTTLS")

@@ -10,9 +10,10 @@
       v
     ProtocolError: the client broke a MUST, or EXPORT_NAME (which has no error reply) cannot be satisfied: drop it
 
-"A server MUST NOT disconnect" just because it dislikes what a client asks: all else is an error reply. An option's data
-is read before anything is decided, so the stream stays in step whatever the answer. Data above MAX_HELD is consumed
-without being kept and answered with ERR_TOO_BIG; above MAX_CONSUMED it is taken for denial of service.
+All else is an error reply: the server "MUST [...] simply error inbound options until the client gets the hint that it
+is unwelcome". An option's data is read before anything is decided, so the stream stays in step whatever the answer. Data
+above MAX_HELD is consumed without being kept and answered with ERR_TOO_BIG; above MAX_CONSUMED it is taken for denial of
+service.
 
 What a client selected (reply mode, contexts) is held in two fields and checked when the export is chosen.
 """
@@ -129,8 +130,12 @@ class ServerHandshake(Conversation):
         if flags & ~_CLIENT_FLAGS:
             # "the server MUST close the TCP connection if it does not recognize the client's flags"
             raise ProtocolError(f"unknown client flags {flags & ~_CLIENT_FLAGS:#x}")
-        # Without C_FIXED_NEWSTYLE a client may only use EXPORT_NAME; one that uses more all the same is served.
+        # Without C_FIXED_NEWSTYLE a client may only use EXPORT_NAME; one that uses more is served all the same: "Servers
+        # MAY choose to honour fixed newstyle from clients that didn't set this bit". TLS it cannot have: the server
+        # "MUST operate in NOTLS mode unless [...] the client replied with NBD_FLAG_C_FIXED_NEWSTYLE".
         self._fixed_newstyle = bool(flags & ClientFlag.C_FIXED_NEWSTYLE)
+        if self._tls is TlsMode.REQUIRE and not self._fixed_newstyle:
+            raise ProtocolError("TLS is required here, and a client without C_FIXED_NEWSTYLE cannot have it")
         self._zeroes = not flags & ClientFlag.C_NO_ZEROES
         while self.agreement is None and not self.closing:
             number, data = yield from self._option()
@@ -195,7 +200,7 @@ class ServerHandshake(Conversation):
             case Opt.SET_META_CONTEXT:
                 self._set_meta_context(number, data)
             case _:
-                # "it MUST reply with NBD_REP_ERR_UNSUP", also to PEEK_EXPORT, which was withdrawn
+                # what a server does not know, and PEEK_EXPORT, which was withdrawn ("Baseline")
                 raise OptionError(Rep.ERR_UNSUP, f"{option_name(number)} is not supported")
 
     def _usable(self, number: int, data: bytes | None) -> bytes:
@@ -213,7 +218,8 @@ class ServerHandshake(Conversation):
         if self.shutting_down:
             raise OptionError(Rep.ERR_SHUTDOWN, "the server is shutting down")
         if self._tls is TlsMode.REQUIRE and not self.tls_active and number != Opt.STARTTLS:
-            # FORCEDTLS: "MUST reply with NBD_REP_ERR_TLS_REQD [...] to any option other than STARTTLS and ABORT"
+            # FORCEDTLS: "any other option, including NBD_OPT_INFO and unsupported options, [...] MUST reply with
+            # NBD_REP_ERR_TLS_REQD if TLS has not been initiated"
             raise OptionError(Rep.ERR_TLS_REQD, "this server requires TLS: start it with STARTTLS")
 
     def _answer_starttls(self, data: bytes | None) -> bool:
@@ -254,7 +260,7 @@ class ServerHandshake(Conversation):
     def _list(self, number: int) -> None:
         for name, description in self._catalog.names():
             if self._hidden_from_client(name):
-                continue  # "MAY omit [...] those that require TLS"
+                continue  # "MAY omit entries from this list if TLS has not been negotiated"
             self._reply(number, Rep.SERVER, options.server_item(name, description))
         self._reply(number, Rep.ACK)
 
@@ -269,7 +275,7 @@ class ServerHandshake(Conversation):
         if Info.BLOCK_SIZE in items:
             sizes = BlockSizes(export.minimum_block, export.preferred_block, export.maximum_payload)
             self._reply(number, Rep.INFO, options.info_block_size(sizes))
-        # "The server MUST send at least [...] NBD_INFO_EXPORT" before the ACK
+        # "the server MUST send at least one NBD_REP_INFO, with an NBD_INFO_EXPORT information type"
         self._reply(number, Rep.INFO, options.info_export(export.size, agreement.flags))
         self._reply(number, Rep.ACK)
         if number == Opt.GO:
@@ -304,7 +310,7 @@ class ServerHandshake(Conversation):
         export = self._catalog.find(name)
         if export is None or self._hidden(export):
             if export is not None and number in (Opt.INFO, Opt.GO) and self._tls is TlsMode.ALLOW:
-                # SELECTIVETLS: "MUST reply with NBD_REP_ERR_TLS_REQD" here, and to no other option
+                # SELECTIVETLS: "MUST reply with NBD_REP_ERR_TLS_REQD if that export is TLS-only"; to no other option
                 raise OptionError(Rep.ERR_TLS_REQD, f"export {name!r} is served under TLS only")
             what = f"there is no export {name!r}" if name else "there is no default export: name one"
             raise OptionError(Rep.ERR_UNKNOWN, what)
@@ -324,7 +330,7 @@ class ServerHandshake(Conversation):
 
     def _agree(self, export: ExportInfo) -> Agreement:
         """What would hold if the transmission phase began now with this export."""
-        # "the export named in the last SET_META_CONTEXT" must be the one that is used
+        # contexts count if SET_META_CONTEXT "referred to the same export name that was ultimately selected"
         contexts = self._numbered_contexts() if export.name == self._selected_for else ()
         flags = export.flags | TransmissionFlag.HAS_FLAGS
         flags &= ~(TransmissionFlag.SEND_DF | TransmissionFlag.BLOCK_STATUS_PAYLOAD)
@@ -333,7 +339,7 @@ class ServerHandshake(Conversation):
         if self._mode is ReplyMode.EXTENDED and contexts:
             flags |= TransmissionFlag.BLOCK_STATUS_PAYLOAD
         if TransmissionFlag.SEND_WRITE_ZEROES not in flags:
-            flags &= ~TransmissionFlag.SEND_FAST_ZERO  # "MUST be set to 0 if NBD_FLAG_SEND_WRITE_ZEROES is not set"
+            flags &= ~TransmissionFlag.SEND_FAST_ZERO  # "MUST set [it] to 0 if NBD_FLAG_SEND_WRITE_ZEROES is not set"
         return Agreement(export, self._mode, contexts, flags)
 
     def _enter(self, agreement: Agreement) -> None:

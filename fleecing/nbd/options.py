@@ -98,7 +98,7 @@ def parse_meta_query(data: bytes) -> tuple[str, tuple[str, ...]]:
 
 
 def matching_contexts(available: Iterable[str], queries: Collection[str]) -> tuple[str, ...]:
-    """What LIST_META_CONTEXT answers: "if zero queries are sent, the server MUST return all [...] contexts".
+    """What LIST_META_CONTEXT answers: "If zero queries are sent, then the server MUST return all".
 
     A query that ends in a colon stands for all that begins with it: "base:" MUST, "qemu:" and "qemu:dirty-bitmap:"
     as QEMU documents them.
@@ -123,7 +123,7 @@ def option_reply(number: int, reply: Rep, data: bytes = b"") -> bytes:
 
 
 def error_option_reply(number: int, error: OptionError) -> bytes:
-    """The refusal with its sentence: "any error reply MAY carry a human-readable text"."""
+    """The refusal with its sentence: "All error replies MAY have some data set"."""
     return option_reply(number, error.reply, wire_text(error.text))
 
 

@@ -91,8 +91,9 @@ _ERRNO_TO_NBD: Final = {
 def nbd_error(host_errno: int | None) -> NbdError:
     """The one map from a host's errno to "Error values"; EIO for whatever has no word there.
 
-    EOVERFLOW is not in the map: the document keeps it for DF reads and over-long commands. ENOTSUP "MUST NOT" answer
-    anything but a FAST_ZERO command; only that call of the block layer raises EOPNOTSUPP.
+    EOVERFLOW is not in the map: the document keeps it for DF reads and over-long commands. "SHOULD NOT return
+    NBD_ENOTSUP except [...] in response to NBD_CMD_WRITE_ZEROES when NBD_CMD_FLAG_FAST_ZERO is supported": only that
+    call of the block layer may raise EOPNOTSUPP.
     """
     return _ERRNO_TO_NBD.get(host_errno or 0, NbdError.EIO)
 
@@ -110,8 +111,8 @@ def request(mode: ReplyMode, flags: int, command: int, cookie: int, offset: int,
 def payload_length(mode: ReplyMode, flags: int, command: int, length: int) -> int:
     """How many bytes of payload follow a request's header; they must be consumed even if the request is refused.
 
-    "the length field [is] the payload length if NBD_CMD_FLAG_PAYLOAD_LEN is set, otherwise the effect length" [X];
-    a compact request has a payload if it is a WRITE.
+    In extended mode that is `length` if PAYLOAD_LEN is set, "if the flag is absent there is no payload" [X]; a compact
+    request has a payload if it is a WRITE.
     """
     if mode is ReplyMode.EXTENDED:
         return length if flags & _PAYLOAD_LEN else 0
@@ -126,7 +127,7 @@ def error_reply(
 ) -> bytes:
     """The end of a request that failed. `offset` is the request's; `at` is where in the disk it failed, if known.
 
-    A simple reply has no room for the text. "the server SHOULD NOT send more than one error chunk".
+    A simple reply has no room for the text. An error chunk "SHOULD NOT be used more than once in a structured reply".
     """
     if mode is ReplyMode.SIMPLE:
         return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, cookie)
@@ -182,8 +183,8 @@ def block_status_reply(
 ) -> bytes:
     """The success of a BLOCK_STATUS: for each (context id, extents) one chunk; an extent is (length, status).
 
-    At least one context, at least one extent in each; lengths below 2^32 in STRUCTURED. "exactly one [chunk] per
-    metadata context"; DONE on the last. Not for SIMPLE: without structured replies no context can be selected.
+    At least one context, at least one extent in each; lengths below 2^32 in STRUCTURED. "exactly one status chunk per
+    negotiated metadata context ID"; DONE on the last. Not for SIMPLE, where no context can be selected.
     """
     last = len(contexts) - 1
     parts = []
@@ -300,7 +301,7 @@ def _check_one_by_one(limits: RequestLimits, number: int, flags: int, offset: in
 
 
 def _check_permission(limits: RequestLimits, command: Cmd) -> None:
-    """On a read-only export "the server SHOULD set the error to NBD_EPERM" for what would change it.
+    """The server "SHOULD return NBD_EPERM if it receives a write or trim request on a read-only export".
 
     A snapshot is read-only and yet takes TRIM: it drops what the client has read, and it says so by SEND_TRIM.
     """
@@ -316,7 +317,7 @@ def _check_permission(limits: RequestLimits, command: Cmd) -> None:
 
 
 def _check_flags(limits: RequestLimits, command: Cmd, flags: int) -> None:
-    """EINVAL for "an unknown flag, or one not documented for the command"."""
+    """EINVAL for "a flag not explicitly documented as applicable to the given request"."""
     wrong = flags & ~int(_allowed_flags(limits, command))
     if wrong:
         raise RequestError(NbdError.EINVAL, f"{command.name} does not take flags {_flag_names(wrong)} here")
@@ -349,7 +350,7 @@ def _allowed_flags(limits: RequestLimits, command: Cmd) -> CmdFlag:
     told = limits.flags
     allowed = CmdFlag(0)
     if TransmissionFlag.SEND_FUA in told:
-        allowed |= CmdFlag.FUA  # "MUST be accepted on all commands"
+        allowed |= CmdFlag.FUA  # "the server MUST accept all commands with this bit set"
     if command is Cmd.READ and TransmissionFlag.SEND_DF in told:
         allowed |= CmdFlag.DF
     if command is Cmd.WRITE_ZEROES:
@@ -366,7 +367,7 @@ def _allowed_flags(limits: RequestLimits, command: Cmd) -> CmdFlag:
 
 
 def _needs_payload(limits: RequestLimits, command: Cmd) -> bool:
-    """Whether "the flag MUST be set": "with extended headers [...] for NBD_CMD_WRITE" [X]."""
+    """Whether PAYLOAD_LEN is a must: "With extended headers, the flag MUST be set for NBD_CMD_WRITE" [X]."""
     return limits.mode is ReplyMode.EXTENDED and command is Cmd.WRITE
 
 
