@@ -11,9 +11,9 @@
     ProtocolError: the client broke a MUST, or EXPORT_NAME (which has no error reply) cannot be satisfied: drop it
 
 All else is an error reply: the server "MUST [...] simply error inbound options until the client gets the hint that it
-is unwelcome". An option's data is read before anything is decided, so the stream stays in step whatever the answer. Data
-above MAX_HELD is consumed without being kept and answered with ERR_TOO_BIG; above MAX_CONSUMED it is taken for denial of
-service.
+is unwelcome". An option's data is read before anything is decided, so the stream stays in step whatever the answer.
+Data above MAX_HELD is consumed without being kept and answered with ERR_TOO_BIG; above MAX_CONSUMED it is taken for
+denial of service.
 
 What a client selected (reply mode, contexts) is held in two fields and checked when the export is chosen.
 """
@@ -130,9 +130,9 @@ class ServerHandshake(Conversation):
         if flags & ~_CLIENT_FLAGS:
             # "the server MUST close the TCP connection if it does not recognize the client's flags"
             raise ProtocolError(f"unknown client flags {flags & ~_CLIENT_FLAGS:#x}")
-        # Without C_FIXED_NEWSTYLE a client may only use EXPORT_NAME; one that uses more is served all the same: "Servers
-        # MAY choose to honour fixed newstyle from clients that didn't set this bit". TLS it cannot have: the server
-        # "MUST operate in NOTLS mode unless [...] the client replied with NBD_FLAG_C_FIXED_NEWSTYLE".
+        # Without C_FIXED_NEWSTYLE a client may only use EXPORT_NAME; one that uses more is served all the same:
+        # "Servers MAY choose to honour fixed newstyle from clients that didn't set this bit". TLS it cannot have: the
+        # server "MUST operate in NOTLS mode unless [...] the client replied with NBD_FLAG_C_FIXED_NEWSTYLE".
         self._fixed_newstyle = bool(flags & ClientFlag.C_FIXED_NEWSTYLE)
         if self._tls is TlsMode.REQUIRE and not self._fixed_newstyle:
             raise ProtocolError("TLS is required here, and a client without C_FIXED_NEWSTYLE cannot have it")
