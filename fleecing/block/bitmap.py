@@ -1,0 +1,53 @@
+"""Bits by cluster: arithmetic between bytes and clusters, and runs of equal bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bitarray import bitarray
+
+from fleecing.units import div_up
+
+
+def ones(count: int) -> bitarray:
+    """`count` bits, all set."""
+    bits = bitarray(count)
+    bits.setall(1)
+    return bits
+
+
+def zeroes(count: int) -> bitarray:
+    """`count` bits, all clear."""
+    bits = bitarray(count)
+    bits.setall(0)
+    return bits
+
+
+def clusters_touched(offset: int, length: int, cluster_size: int) -> tuple[int, int]:
+    """The clusters [first, end) that a range of bytes has at least one byte in: rounded outwards."""
+    return offset // cluster_size, (offset + length - 1) // cluster_size + 1
+
+
+def clusters_within(offset: int, length: int, cluster_size: int, size: int) -> tuple[int, int]:
+    """The clusters [first, end) that a range of bytes covers whole: rounded inwards.
+
+    The last cluster of an image may be short; it is covered when the range reaches the end of the image.
+    """
+    end = offset + length
+    last = div_up(size, cluster_size) if end >= size else end // cluster_size
+    return div_up(offset, cluster_size), last
+
+
+def bit_runs(bits: bitarray, first: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, bit) for each run of equal bits in [first, end).
+
+    Bits that other threads change meanwhile are seen either way; an empty run is never given.
+    """
+    while first < end:
+        bit = bits[first]
+        stop = bits.find(1 - bit, first, end)
+        if stop < 0:
+            stop = end
+        if stop > first:
+            yield first, stop, bit
+            first = stop

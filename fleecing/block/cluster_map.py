@@ -1,0 +1,107 @@
+"""What a snapshot knows of each cluster, and who may change it.
+
+    state           access  copy  done
+    untouched          1      1     0     reads go to the active image; a guest change must save it first
+    copied             1      0     1     reads go to temp
+    trimmed            0      0     0     nobody reads it any more, nothing is saved
+    not in bitmap      0      0     0     never was part of this snapshot (its `scope` bit is clear)
+
+A `copy` bit stays set while a task copies the cluster and falls when the copy is complete. So a task that fails has
+nothing to set again, a cluster trimmed in the meantime is never marked anew, and a guest write learns from one look at
+`copy` that it may go ahead.
+
+Readers hold no lock. They look at these bits, read, and look again, so what guards bytes changes before the bytes do:
+`done` is set, and `copy` cleared after it, before the guest changes the active image; `access` is cleared before a
+trim frees the cluster in temp; `broken` is set before a guest change goes ahead without its copy.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from bitarray import bitarray
+
+from fleecing.block.bitmap import clusters_touched, ones, zeroes
+from fleecing.block.extent import ClusterState
+from fleecing.errors import ClusterUnreadable, SnapshotBroken
+from fleecing.units import div_up
+
+
+class ClusterMap:
+    """The clusters of one snapshot. `cluster_size` is a power of two; `size` in bytes, the last cluster may be short."""
+
+    def __init__(
+        self, size: int, cluster_size: int, *, scope: bitarray | None = None, on_broken: Callable[[str], None]
+    ) -> None:
+        self.size = size
+        self.cluster_size = cluster_size
+        self.shift = cluster_size.bit_length() - 1
+        self.count = div_up(size, cluster_size)
+        # Never changed: the clusters that belong to the snapshot at all; None = every one.
+        self.scope = scope
+        # The three are changed under `lock` only, and read without it.
+        self.access = ones(self.count) if scope is None else scope.copy()
+        self.copy = self.access.copy()
+        self.done = zeroes(self.count)
+        self.lock = threading.Lock()
+        # Why the snapshot is dead, or None. Set once, from any thread, under `_break_lock`; never unset.
+        self.broken: str | None = None
+        self._break_lock = threading.Lock()
+        self._on_broken = on_broken
+
+    def break_(self, cause: str) -> None:
+        """The snapshot is dead from here on, for good; the first cause stays.
+
+        Takes no lock that a hanging temp could hold.
+        """
+        with self._break_lock:
+            if self.broken is not None:
+                return
+            self.broken = cause
+        self._on_broken(cause)
+
+    def needs_copy(self, offset: int, length: int) -> bool:
+        """Whether a change of these bytes must save a cluster first. One look, no lock."""
+        shift = self.shift
+        return self.copy.find(1, offset >> shift, (offset + length - 1 >> shift) + 1) >= 0
+
+    def check_readable(self, offset: int, length: int) -> None:
+        """Raise SnapshotBroken or ClusterUnreadable where a reader may not have these bytes."""
+        if self.broken is not None:
+            raise SnapshotBroken(self.broken)
+        first, end = clusters_touched(offset, length, self.cluster_size)
+        cluster = self.access.find(0, first, end)
+        if cluster >= 0:
+            trimmed = self.scope is None or self.scope[cluster]
+            raise ClusterUnreadable(cluster << self.shift, "trimmed" if trimmed else "not in bitmap")
+
+    def state_run(self, cluster: int, end: int) -> tuple[ClusterState, int]:
+        """The state of a cluster, and where the run of clusters that share it ends (at most `end`)."""
+        access, done = self.access[cluster], self.done[cluster]
+        known = [(self.access, access), (self.done, done)]
+        in_scope = 1
+        if self.scope is not None:
+            in_scope = self.scope[cluster]
+            known.append((self.scope, in_scope))
+        for bits, bit in known:
+            stop = bits.find(1 - bit, cluster, end)
+            if stop >= 0:
+                end = max(stop, cluster + 1)  # its own bit may have changed since the look above
+        if done:
+            return ClusterState.COPIED, end
+        if access:
+            return ClusterState.UNTOUCHED, end
+        return (ClusterState.TRIMMED if in_scope else ClusterState.NOT_IN_BITMAP), end
+
+    def counts(self) -> dict[ClusterState, int]:
+        """Clusters by state; they add up to all clusters when nothing changes meanwhile."""
+        in_scope = self.count if self.scope is None else self.scope.count()
+        with self.lock:
+            copied, readable = self.done.count(), self.access.count()
+        return {
+            ClusterState.UNTOUCHED: readable - copied,
+            ClusterState.COPIED: copied,
+            ClusterState.TRIMMED: in_scope - readable,
+            ClusterState.NOT_IN_BITMAP: self.count - in_scope,
+        }

@@ -1,0 +1,285 @@
+"""The filter above the active image: what a guest is about to change is saved for the snapshots first.
+
+    guest change ---> gate ---> save in temp what snapshots still need there ---> change the image
+    guest read   -------------------------------------------------------------> read the image
+
+A write that has nothing to save is done by the caller's thread (`write_now`): a look at each snapshot's `copy` bits,
+and no lock. Everything else goes to the pool (`submit_*`), which answers through a callback.
+
+What happens when saving fails or takes too long is the snapshot's own `on_cbw_error`: `break-snapshot` gives up the
+snapshot and lets the guest go on, `break-guest-write` gives the guest the error and keeps the snapshot.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Protocol
+
+from fleecing.block.block_copy import NO_DEADLINE, BlockCopy
+from fleecing.block.bitmap import clusters_touched
+from fleecing.block.change_pool import Attempt, Change, ChangePool
+from fleecing.block.cluster_map import ClusterMap
+from fleecing.block.extent import MAX_RUNS, Allocation, Runs
+from fleecing.block.file import FileNode
+from fleecing.block.flusher import Flusher
+from fleecing.block.gate import Gate
+from fleecing.block.node import Buffer, Node
+from fleecing.errors import BlockError
+from fleecing.units import MiB
+
+Done = Callable[[Exception | None], None]
+
+SKIP_HOLES_FROM = MiB
+"""Bytes from which on a trim or zeroing looks for holes first: what reads as zeroes already need not be saved."""
+
+MAX_RANGES = 256
+"""Ranges that such a look cuts a change into at most."""
+
+
+class OnCbwError(str, Enum):
+    """What a failed or overdue copy before a guest write ends: QEMU's option of that name."""
+
+    BREAK_SNAPSHOT = "break-snapshot"
+    BREAK_GUEST_WRITE = "break-guest-write"
+
+
+class Saved(Protocol):
+    """What the filter needs of a snapshot."""
+
+    clusters: ClusterMap
+    copier: BlockCopy
+    on_cbw_error: OnCbwError
+    cbw_timeout: float
+
+
+class CopyBeforeWrite(Node):
+    """The active disk. `snapshots` are those that changes are saved for; the tuple is replaced, never changed."""
+
+    def __init__(self, file: FileNode, *, workers: int = 4) -> None:
+        self.file = file
+        self.size = file.size
+        self.gate = Gate()
+        self.snapshots: tuple[Saved, ...] = ()  # replaced under _snapshots_lock
+        self._snapshots_lock = threading.Lock()
+        self._pool = ChangePool(self._perform, self._expired, workers=workers, name=file.path)
+        self._flusher = Flusher(file.flush, name=file.path)
+
+    # Reads and the like pass straight through.
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self.file.read_into(offset, buffer)
+
+    def block_status(self, offset: int, length: int, max_runs: int = MAX_RUNS) -> Runs:
+        return self.file.block_status(offset, length, max_runs)
+
+    def prefetch(self, offset: int, length: int) -> None:
+        self.file.prefetch(offset, length)
+
+    # Changes that wait.
+
+    def write(self, offset: int, data: Buffer) -> None:
+        if not self.write_now(offset, data):
+            self._and_wait(lambda done: self.submit_write(offset, data, done))
+
+    def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False) -> None:
+        self._and_wait(
+            lambda done: self.submit_zeroes(offset, length, done, may_unmap=may_unmap, fast_only=fast_only)
+        )
+
+    def discard(self, offset: int, length: int) -> None:
+        self._and_wait(lambda done: self.submit_discard(offset, length, done))
+
+    def flush(self) -> None:
+        self._and_wait(self.submit_flush)
+
+    @staticmethod
+    def _and_wait(submit: Callable[[Done], None]) -> None:
+        outcome: list[Exception | None] = []
+        over = threading.Lock()
+        over.acquire()
+
+        def done(error: Exception | None) -> None:
+            outcome.append(error)
+            over.release()
+
+        submit(done)
+        over.acquire()
+        if outcome[0] is not None:
+            raise outcome[0]
+
+    # Changes that do not wait.
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """Write, if that needs no copy and no snapshot is being taken just now; else change nothing, return False."""
+        token = threading.get_ident()
+        gate = self.gate
+        if not gate.try_enter(token):
+            return False
+        try:
+            for snapshot in self.snapshots:
+                if snapshot.clusters.needs_copy(offset, len(data)):
+                    return False
+            self.file.write(offset, data)
+        finally:
+            gate.leave(token)
+        return True
+
+    def submit_write(self, offset: int, data: Buffer, done: Done) -> None:
+        """Save what `data` overwrites, write it, call `done`. `data` must stay as it is until then."""
+        self._submit([(offset, len(data))], lambda: self.file.write(offset, data), done)
+
+    def submit_zeroes(
+        self, offset: int, length: int, done: Done, *, may_unmap: bool = True, fast_only: bool = False
+    ) -> None:
+        """The same for zeroes; see `Node.write_zeroes`."""
+        ranges = self._without_holes(offset, length) if may_unmap else [(offset, length)]
+
+        def apply() -> None:
+            for at, count in ranges:
+                self.file.write_zeroes(at, count, may_unmap=may_unmap, fast_only=fast_only)
+
+        self._submit(ranges, apply, done)
+
+    def submit_discard(self, offset: int, length: int, done: Done) -> None:
+        """The same for a discard; see `Node.discard`."""
+        ranges = self._without_holes(offset, length)
+
+        def apply() -> None:
+            for at, count in ranges:
+                self.file.discard(at, count)
+
+        self._submit(ranges, apply, done)
+
+    def submit_flush(self, done: Done) -> None:
+        """Make durable every change that was answered before this call."""
+        self._flusher.submit(done)
+
+    def _without_holes(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """The ranges that do not read as zeroes already. An fstrim of a disk that is mostly free costs no temp so."""
+        if length < SKIP_HOLES_FROM or not self.snapshots:
+            return [(offset, length)]
+        try:
+            runs = self.file.block_status(offset, length, MAX_RANGES)
+        except (OSError, BlockError):
+            return [(offset, length)]
+        end = offset + length
+        ranges = []
+        for count, state in runs:
+            if not state & Allocation.ZERO:
+                ranges.append((offset, count))
+            offset += count
+        if offset < end:
+            ranges.append((offset, end - offset))
+        return ranges
+
+    def _submit(self, ranges: list[tuple[int, int]], apply: Callable[[], None], done: Done) -> None:
+        now = time.monotonic()
+        self._pool.submit(Change(ranges, apply, done, now, self._deadline(now, now)))
+
+    def _deadline(self, started: float, now: float) -> float:
+        """When the first snapshot with a cbw-timeout that is not over yet has waited long enough."""
+        deadlines = (started + s.cbw_timeout for s in self.snapshots if s.cbw_timeout)
+        return min((d for d in deadlines if d > now), default=NO_DEADLINE)
+
+    # In the pool's threads.
+
+    def _perform(self, attempt: Attempt) -> bool:
+        """Save, then apply, then answer; False where the watch has taken the change away meanwhile."""
+        change = attempt.change
+        error: Exception | None = None
+        self.gate.enter(attempt)
+        try:
+            try:
+                for snapshot in self.snapshots:
+                    for offset, length in change.ranges:
+                        self._save(snapshot, offset, length, change.deadline)
+            except Exception as e:
+                error = e
+            if not attempt.take():
+                return False
+            if error is None:
+                try:
+                    change.apply()
+                except Exception as e:
+                    error = e
+        finally:
+            self.gate.leave(attempt)
+        change.done(error)
+        return True
+
+    @staticmethod
+    def _save(snapshot: Saved, offset: int, length: int, deadline: float) -> None:
+        clusters = snapshot.clusters
+        if clusters.broken is not None or not clusters.needs_copy(offset, length):
+            return
+        try:
+            snapshot.copier.save(*clusters_touched(offset, length, clusters.cluster_size), deadline)
+        except Exception as e:
+            if snapshot.on_cbw_error is OnCbwError.BREAK_GUEST_WRITE:
+                raise
+            clusters.break_(f"copy before a guest write failed: {_reason(e)}")
+
+    def _expired(self, attempt: Attempt) -> bool:
+        """The change is overdue. Give up the snapshots that it waits for and try again, or give up the change."""
+        change, now = attempt.change, time.monotonic()
+        self.gate.leave(attempt)
+        for snapshot in self.snapshots:
+            if not snapshot.cbw_timeout or now < change.started + snapshot.cbw_timeout:
+                continue
+            if any(snapshot.clusters.needs_copy(offset, length) for offset, length in change.ranges):
+                text = f"temp did not take a copy within cbw-timeout ({snapshot.cbw_timeout:g} s)"
+                if snapshot.on_cbw_error is OnCbwError.BREAK_GUEST_WRITE:
+                    change.done(TimeoutError(errno.ETIMEDOUT, text))
+                    return False
+                snapshot.clusters.break_(text)
+        change.deadline = self._deadline(change.started, now)
+        return True
+
+    # Snapshots come and go.
+
+    def attach(self, snapshot: Saved) -> None:
+        """Save for this snapshot from now on. Only while the gate is closed and nobody is inside."""
+        with self._snapshots_lock:
+            self.snapshots = (*self.snapshots, snapshot)
+
+    def detach(self, snapshot: Saved) -> None:
+        """Save nothing for this snapshot any more; it is broken or goes away."""
+        with self._snapshots_lock:
+            self.snapshots = tuple(s for s in self.snapshots if s is not snapshot)
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Give the image back. What was submitted is done first; what hangs in a copy for `timeout` seconds is not."""
+        self._pool.close(timeout)
+        self._flusher.close(timeout)
+        self.file.close()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error)
+
+
+def same_instant(disks: Sequence[CopyBeforeWrite], install: Callable[[], None], *, timeout: float) -> None:
+    """Call `install` at an instant at which no change is under way on any of the disks.
+
+    New changes wait meanwhile. Raises TimeoutError, with nothing installed, where those under way are not over within
+    `timeout` seconds. Only one may do this at a time.
+    """
+    deadline = time.monotonic() + timeout
+    for disk in disks:
+        disk.gate.close()
+    try:
+        for disk in disks:
+            if not disk.gate.wait_empty(deadline):
+                raise TimeoutError(
+                    errno.ETIMEDOUT, f"{disk.file.path}: guest writes under way did not end within {timeout:g} s"
+                )
+        install()
+    finally:
+        for disk in disks:
+            disk.gate.open()

@@ -1,0 +1,136 @@
+"""The active image: a raw file or a block device of the host, as a node.
+
+Its size is taken at opening and never changes: a file that somebody shrinks under us is an error on the reads that
+notice, and `check_size` tells it in advance.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+
+from fleecing.block.extent import MAX_RUNS, Allocation, Runs, append_run
+from fleecing.block.hostfile import HostFile
+from fleecing.block.node import Buffer, Node
+from fleecing.errors import ImageError
+from fleecing.units import MiB, align_down, align_up
+
+_ZEROES = bytes(MiB)
+
+
+class FileNode(Node):
+    """Reads and writes an image that nobody else serves: it holds the file's lock as long as it is open."""
+
+    def __init__(self, host: HostFile) -> None:
+        self.host = host
+        self.path = os.path.realpath(host.path)
+        self.size = host.length()
+        self._knows_holes = not host.is_block_device
+
+    @classmethod
+    def open(cls, path: str) -> FileNode:
+        """Open and lock the image. Raises OSError, or ImageError where it is empty, no image, or served already."""
+        host = HostFile.open(path)
+        try:
+            try:
+                fcntl.flock(host.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ImageError(path, -1, "is locked: another server has this image open") from None
+            if not host.length():
+                raise ImageError(path, -1, "is empty: an image needs a size, as `truncate -s 10G FILE` gives it")
+            return cls(host)
+        except BaseException:
+            host.close()
+            raise
+
+    def close(self) -> None:
+        """Give the image and its lock back."""
+        self.host.close()
+
+    def check_size(self) -> None:
+        """Raise ImageError where the image was grown or shrunk since it was opened."""
+        now = self.host.length()
+        if now != self.size:
+            change = "grown" if now > self.size else "shrunk"
+            raise ImageError(
+                self.path, -1, f"has {change} from {self.size} to {now} bytes since it was opened: restart the server"
+            )
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        if self.host.read_into(offset, buffer) != len(buffer):
+            self.check_size()
+            raise ImageError(self.path, offset, "ends before the bytes asked for")
+
+    def write(self, offset: int, data: Buffer) -> None:
+        self.host.write(offset, data)
+
+    def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False) -> None:
+        """Punch or convert the range where the file system can; write zeroes out only where it cannot.
+
+        A block device takes whole sectors; the bytes beside them are written.
+        """
+        start, end = align_up(offset, self.host.sector), align_down(offset + length, self.host.sector)
+        if start < end and not self._zero_fast(start, end - start, may_unmap=may_unmap):
+            if fast_only:
+                raise OSError(errno.EOPNOTSUPP, "zeroing is not faster than writing here")
+            self._write_out_zeroes(start, end - start)
+        if start > end:
+            start = end = offset + length
+        self._write_out_zeroes(offset, start - offset)
+        self._write_out_zeroes(end, offset + length - end)
+
+    def _zero_fast(self, offset: int, length: int, *, may_unmap: bool) -> bool:
+        if may_unmap and self.host.punch(offset, length):
+            return True
+        return self.host.zero_range(offset, length)
+
+    def _write_out_zeroes(self, offset: int, length: int) -> None:
+        end = offset + length
+        while offset < end:
+            n = min(end - offset, len(_ZEROES))
+            self.host.write(offset, memoryview(_ZEROES)[:n])
+            offset += n
+
+    def discard(self, offset: int, length: int) -> None:
+        """Punch the range, rounded inwards to what the device can free; the rest of it stays as it is."""
+        start, end = align_up(offset, self.host.sector), align_down(offset + length, self.host.sector)
+        if start < end:
+            self.host.punch(start, end - start)
+
+    def flush(self) -> None:
+        self.host.sync()
+
+    def prefetch(self, offset: int, length: int) -> None:
+        self.host.will_need(offset, length)
+
+    def block_status(self, offset: int, length: int, max_runs: int = MAX_RUNS) -> Runs:
+        """Holes of the file (SEEK_HOLE, SEEK_DATA); a block device is all data."""
+        if not self._knows_holes:
+            return [(length, Allocation.DATA)]
+        runs: Runs = []
+        end = offset + length
+        while offset < end and len(runs) < max_runs:
+            data = min(self._next_data(offset), end)
+            if data > offset:
+                append_run(runs, data - offset, Allocation.HOLE_ZERO)
+                offset = data
+                continue
+            # A hole punched since the look above gives nothing here: the next turn sees it.
+            hole = min(self.host.next_hole(offset), end)
+            if hole > offset:
+                append_run(runs, hole - offset, Allocation.DATA)
+                offset = hole
+        return runs
+
+    def _next_data(self, offset: int) -> int:
+        try:
+            return self.host.next_data(offset)
+        except OSError as e:
+            if e.errno == errno.ENXIO:  # no data behind this offset, or no file
+                self.check_size()
+                return self.size
+            if e.errno == errno.EINVAL:  # a file system that knows no holes
+                self._knows_holes = False
+                return offset
+            raise

@@ -1,0 +1,56 @@
+"""Flushes off the request path, many for the price of one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+Done = Callable[[Exception | None], None]
+
+
+class Flusher:
+    """One thread that flushes. Whoever asks while a flush runs is served, all together, by the next one.
+
+    A flush that was asked for after a write returned covers that write: the flush that answers starts later than the
+    question was put.
+    """
+
+    def __init__(self, flush: Callable[[], None], *, name: str) -> None:
+        self._flush = flush
+        self._name = name
+        self._asked = threading.Condition()
+        self._waiting: list[Done] = []  # under _asked, as are the two below
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def submit(self, done: Done) -> None:
+        """Flush, then call `done` with None or the error, in the flusher's thread. Returns at once."""
+        with self._asked:
+            self._waiting.append(done)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=f"{self._name} flush", daemon=True)
+                self._thread.start()
+            self._asked.notify()
+
+    def close(self, timeout: float) -> None:
+        """End the thread when all that was asked for is answered; wait `timeout` seconds at most for that."""
+        with self._asked:
+            self._closed = True
+            self._asked.notify()
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while True:
+            with self._asked:
+                self._asked.wait_for(lambda: self._waiting or self._closed)
+                batch, self._waiting = self._waiting, []
+            if not batch:
+                return
+            error: Exception | None = None
+            try:
+                self._flush()
+            except Exception as e:
+                error = e
+            for done in batch:
+                done(error)

@@ -1,0 +1,138 @@
+"""An open file of the host: the only place where the block layer calls the operating system.
+
+Every call takes bytes as (offset, ...), does the whole of what it was asked or raises OSError, releases the GIL while
+the kernel works, and may be made from any thread. Tests put faults in by wrapping this class.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import struct
+
+from fleecing.block.node import Buffer
+from fleecing.errors import ImageError
+
+# linux/falloc.h
+FALLOC_FL_KEEP_SIZE = 0x01
+FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
+
+# linux/fs.h: the size of a block device in bytes, and its logical sector size
+BLKGETSIZE64 = 0x80081272
+BLKSSZGET = 0x1268
+
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    while _libc.fallocate(fd, mode, offset, length):
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
+class HostFile:
+    """A regular file or block device, open for reading and, unless `writable` is off, for writing."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        self.path = path
+        self.fd = fd
+        mode = os.fstat(fd).st_mode
+        self.is_block_device = stat.S_ISBLK(mode)
+        self.sector = struct.unpack("i", fcntl.ioctl(fd, BLKSSZGET, b"\0" * 4))[0] if self.is_block_device else 1
+
+    @classmethod
+    def open(cls, path: str, *, writable: bool = True) -> HostFile:
+        """Open what is there. Raises OSError, and ImageError for what is neither a regular file nor a block device."""
+        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            os.close(fd)
+            raise ImageError(path, -1, "is neither a regular file nor a block device")
+        os.set_blocking(fd, True)
+        return cls(path, fd)
+
+    @classmethod
+    def create(cls, path: str) -> HostFile:
+        """Make a new, empty file that only its owner may read. Raises FileExistsError where there is one already."""
+        return cls(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+
+    def close(self) -> None:
+        """Give the descriptor back; once is enough, twice does no harm."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def length(self) -> int:
+        """Bytes that the file or device has now."""
+        if self.is_block_device:
+            size: int = struct.unpack("Q", fcntl.ioctl(self.fd, BLKGETSIZE64, b"\0" * 8))[0]
+            return size
+        return os.fstat(self.fd).st_size
+
+    def allocated(self) -> int:
+        """Bytes of disk space that the file takes (st_blocks)."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fill `buffer`; returns the bytes read, fewer only where the file ends."""
+        done = os.preadv(self.fd, (buffer,), offset)
+        want = len(buffer)
+        while done < want:
+            n = os.preadv(self.fd, (buffer[done:],), offset + done)
+            if not n:
+                break
+            done += n
+        return done
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Write all of `data`."""
+        done = os.pwrite(self.fd, data, offset)
+        if done < len(data):
+            rest = memoryview(data)
+            while done < len(rest):
+                done += os.pwrite(self.fd, rest[done:], offset + done)
+
+    def punch(self, offset: int, length: int) -> bool:
+        """Free the space of the range, which reads as zeroes then. False where the file system cannot."""
+        return self._change(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+
+    def zero_range(self, offset: int, length: int) -> bool:
+        """Make the range read as zeroes and keep its space. False where the file system cannot."""
+        return self._change(FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, length)
+
+    def _change(self, mode: int, offset: int, length: int) -> bool:
+        try:
+            _fallocate(self.fd, mode, offset, length)
+        except OSError as e:
+            if e.errno in _UNSUPPORTED:
+                return False
+            raise
+        return True
+
+    def truncate(self, length: int) -> None:
+        """Set the file's length; what is cut off frees its space."""
+        os.ftruncate(self.fd, length)
+
+    def sync(self) -> None:
+        """Every write that has returned is durable when this returns."""
+        os.fdatasync(self.fd)
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Ask the kernel to read ahead."""
+        os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def next_data(self, offset: int) -> int:
+        """The first offset at or after this one that holds data; raises OSError(ENXIO) where there is none."""
+        return os.lseek(self.fd, offset, os.SEEK_DATA)
+
+    def next_hole(self, offset: int) -> int:
+        """The first offset at or after this one that is a hole, or the end of the file."""
+        return os.lseek(self.fd, offset, os.SEEK_HOLE)

@@ -1,0 +1,301 @@
+"""The frozen view: reads of a snapshot, and the trim that gives clusters up.
+
+Nothing here waits for the guest, nor makes the guest wait. A read looks at the cluster bits, reads each run from where
+they say it is, and looks again:
+
+    look     broken? every cluster in `access`?   else: error, nothing is returned
+    read     `done` runs from temp, the others from the active image
+    look     a run read from the active image that is `done` by now is read again from temp
+    look     broken? still every cluster in `access`?   else: error
+
+A guest change sets `done` (or the snapshot `broken`) before it touches the active image, and a trim clears `access`
+before it frees temp; so what the last look lets through are the bytes of the instant of creation.
+
+The bytes must be copied out of the active image before the second look. Never hand its pages to a socket by reference
+(sendfile, splice, MSG_ZEROCOPY): a later guest write would change what the client receives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Callable
+
+from bitarray import bitarray
+
+from fleecing.block.bitmap import bit_runs, clusters_touched, clusters_within
+from fleecing.block.block_copy import BlockCopy
+from fleecing.block.cluster_map import ClusterMap
+from fleecing.block.copy_before_write import CopyBeforeWrite, OnCbwError
+from fleecing.block.extent import MAX_RUNS, Allocation, ClusterState, Runs, append_run, merge_runs
+from fleecing.block.node import Buffer, Node
+from fleecing.block.qcow2.node import TempImage
+from fleecing.errors import BlockError, ImageError, SnapshotBroken
+
+TRIM_STEP = 1 << 14
+"""Clusters that a trim changes under the lock at once, so that guest copies get their turn in between."""
+
+STATUS_STEP = 1 << 10
+"""Runs of the active image looked at between two looks at `done`."""
+
+
+class SnapshotAccess(Node):
+    """One disk as it was at the instant of creation. Read and discard; it cannot be written."""
+
+    def __init__(
+        self,
+        name: str,
+        disk: CopyBeforeWrite,
+        temp: TempImage,
+        *,
+        cluster_size: int,
+        on_cbw_error: OnCbwError,
+        cbw_timeout: float,
+        temp_limit: int | None = None,
+        bitmap: bitarray | None = None,
+        on_broken: Callable[[SnapshotAccess, str], None],
+    ) -> None:
+        self.name = name
+        self.disk = disk
+        self.size = disk.size
+        self.temp = temp
+        self.on_cbw_error = on_cbw_error
+        self.cbw_timeout = cbw_timeout
+        self.temp_limit = temp_limit  # bytes, None = none; `temp` keeps to it
+        self._on_broken = on_broken
+        self.clusters = ClusterMap(disk.size, cluster_size, scope=bitmap, on_broken=self._broke)
+        self.copier = BlockCopy(disk.file, temp, self.clusters)
+        self._source = disk.file
+        self._ends = False  # being removed: what breaks it then is no news
+        self._users = 0  # under _users_lock, as is the next
+        self._removed = False
+        self._users_lock = threading.Lock()
+
+    @property
+    def broken(self) -> str | None:
+        """Why the snapshot is dead, or None."""
+        return self.clusters.broken
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes."""
+        return self.clusters.cluster_size
+
+    @property
+    def clusters_copied_total(self) -> int:
+        """Clusters ever saved, those trimmed since and those of zeroes too."""
+        return self.copier.clusters_copied
+
+    @property
+    def temp_path(self) -> str:
+        return self.temp.file.path
+
+    def temp_used(self) -> int:
+        """Bytes of temp in use, its tables too."""
+        return self.temp.used_bytes
+
+    def temp_peak(self) -> int:
+        """The most bytes of temp that ever were in use."""
+        return self.temp.peak_bytes
+
+    def _broke(self, cause: str) -> None:
+        self.disk.detach(self)
+        self.copier.cancel_waits()
+        if not self._ends:
+            self._on_broken(self, cause)
+
+    # Reading.
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the frozen bytes. Raises SnapshotBroken, ClusterUnreadable, and errors of the files."""
+        clusters = self.clusters
+        length = len(buffer)
+        first = offset >> clusters.shift
+        if first != offset + length - 1 >> clusters.shift:
+            self._read_clusters(offset, buffer)
+            return
+        # One cluster, the common case of small requests, without the general form's loops.
+        if clusters.broken is not None or not clusters.access[first]:
+            clusters.check_readable(offset, length)
+        try:
+            if not clusters.done[first]:
+                self._source.read_into(offset, buffer)
+            if clusters.done[first]:
+                self.temp.read_into(offset, buffer)
+        except (OSError, BlockError):
+            clusters.check_readable(offset, length)  # the trim or the end that this error comes from, if it does
+            raise
+        if clusters.broken is not None or not clusters.access[first]:
+            clusters.check_readable(offset, length)
+
+    def _read_clusters(self, offset: int, buffer: memoryview) -> None:
+        clusters = self.clusters
+        length = len(buffer)
+        clusters.check_readable(offset, length)
+        first, end = clusters_touched(offset, length, clusters.cluster_size)
+        try:
+            for start, stop, done in bit_runs(clusters.done, first, end):
+                if not done:
+                    self._read_run(self._source, start, stop, offset, buffer)
+                    for again, until, done_now in bit_runs(clusters.done, start, stop):
+                        if done_now:
+                            self._read_run(self.temp, again, until, offset, buffer)
+                else:
+                    self._read_run(self.temp, start, stop, offset, buffer)
+        except (OSError, BlockError):
+            clusters.check_readable(offset, length)
+            raise
+        clusters.check_readable(offset, length)
+
+    def _read_run(self, node: Node | TempImage, start: int, stop: int, offset: int, buffer: memoryview) -> None:
+        """Read what clusters [start, stop) have of the range at `offset` that `buffer` stands for."""
+        shift = self.clusters.shift
+        begin = max(start << shift, offset)
+        end = min(stop << shift, offset + len(buffer))
+        node.read_into(begin, buffer[begin - offset : end - offset])
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """Announce the read to the active image, where most of a snapshot lies."""
+        self.clusters.check_readable(offset, length)
+        self._source.prefetch(offset, length)
+
+    # Status.
+
+    def block_status(self, offset: int, length: int, max_runs: int = MAX_RUNS) -> Runs:
+        """Zeroes and holes of the frozen bytes. Raises SnapshotBroken or ClusterUnreadable as a read does."""
+        clusters = self.clusters
+        clusters.check_readable(offset, length)
+        runs: Runs = []
+        position, end = offset, offset + length
+        while position < end and len(runs) < max_runs:
+            cluster = position >> clusters.shift
+            last = clusters_touched(position, end - position, clusters.cluster_size)[1]
+            if clusters.done[cluster]:
+                is_zero, count = self.temp.next_change(cluster, last)
+                if not count:  # trimmed since
+                    clusters.check_readable(offset, length)
+                    raise ImageError(self.temp.file.path, -1, f"cluster {cluster} is not linked")
+                stop = min(end, cluster + count << clusters.shift)
+                append_run(runs, stop - position, Allocation.HOLE_ZERO if is_zero else Allocation.DATA)
+                position = stop
+            else:
+                position = self._source_status(position, end, runs, min(STATUS_STEP, max_runs))
+        clusters.check_readable(offset, length)
+        return runs
+
+    def _source_status(self, position: int, end: int, runs: Runs, max_runs: int) -> int:
+        """Add runs of the active image from `position` on, up to the next cluster that is `done`; returns their end."""
+        clusters = self.clusters
+        cluster = position >> clusters.shift
+        stop = self._next_done(cluster, end)
+        found = self._source.block_status(position, stop - position, max_runs)
+        valid = self._next_done(cluster, stop)  # the guest may have gone on meanwhile
+        for length, state in found:
+            length = min(length, valid - position)
+            if length <= 0:
+                break
+            append_run(runs, length, state)
+            position += length
+        return position
+
+    def _next_done(self, cluster: int, end: int) -> int:
+        """The offset, at most `end`, where the first `done` cluster from `cluster` on starts."""
+        shift = self.clusters.shift
+        found = self.clusters.done.find(1, cluster, (end - 1 >> shift) + 1)
+        return end if found < 0 else min(end, found << shift)
+
+    def allocation_depth(self, offset: int, length: int, max_runs: int = MAX_RUNS) -> Runs:
+        """1 = in temp, 2 = in the active image, as `qemu:allocation-depth` counts layers from the top."""
+        self.clusters.check_readable(offset, length)
+        states = self.cluster_state(offset, length, max_runs)
+        self.clusters.check_readable(offset, length)
+        return merge_runs((count, 1 if state == ClusterState.COPIED else 2) for count, state in states)
+
+    def cluster_state(self, offset: int, length: int, max_runs: int = MAX_RUNS) -> Runs:
+        """`ClusterState` of the range; unlike a read, also where it is trimmed or not in the bitmap."""
+        clusters = self.clusters
+        if clusters.broken is not None:
+            raise SnapshotBroken(clusters.broken)
+        runs: Runs = []
+        position, end = offset, offset + length
+        cluster, last = clusters_touched(offset, length, clusters.cluster_size)
+        while position < end and len(runs) < max_runs:
+            state, cluster = clusters.state_run(cluster, last)
+            until = min(end, cluster << clusters.shift)
+            append_run(runs, until - position, state)
+            position = until
+        return runs
+
+    def counts(self) -> dict[ClusterState, int]:
+        """Clusters by state."""
+        return self.clusters.counts()
+
+    # Changes.
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give up the clusters that lie whole in the range: they cannot be read any more, their temp space is free.
+
+        Rounded inwards; the last cluster of the image counts as whole where the range reaches the end. Repeating it
+        does no harm. When this returns, nothing copies these clusters any more and their host space is punched.
+        """
+        clusters = self.clusters
+        first, end = clusters_within(offset, length, clusters.cluster_size, self.size)
+        for start in range(first, end, TRIM_STEP):
+            stop = min(end, start + TRIM_STEP)
+            with clusters.lock:
+                if clusters.broken is not None:
+                    raise SnapshotBroken(clusters.broken)
+                clusters.access[start:stop] = 0
+                clusters.copy[start:stop] = 0
+                freed = self.temp.unlink(start, stop - start)
+                clusters.done[start:stop] = 0
+            self.temp.release(freed)
+
+    def write(self, offset: int, data: Buffer) -> None:
+        raise OSError(errno.EROFS, "a snapshot cannot be written")
+
+    def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False) -> None:
+        raise OSError(errno.EROFS, "a snapshot cannot be written")
+
+    def flush(self) -> None:
+        """Nothing of a client's waits here: a trim is done when it returns."""
+
+    # Its end.
+
+    def retain(self) -> None:
+        """A client starts to use the node: its files stay open until `release`."""
+        with self._users_lock:
+            self._users += 1
+
+    def release(self) -> None:
+        """The client is gone."""
+        with self._users_lock:
+            self._users -= 1
+            self._close_if_unused()
+
+    def remove(self, timeout: float) -> None:
+        """End the snapshot and free all of its temp space; clients that still read get errors.
+
+        Raises TimeoutError where a copy under way is not over within `timeout` seconds; to be tried again then. Again
+        after it succeeded does nothing.
+        """
+        self._ends = True
+        self.clusters.break_("deleted")
+        self.disk.detach(self)
+        if not self.copier.wait_idle(timeout):
+            raise TimeoutError(errno.ETIMEDOUT, f"temp has a copy under way for more than {timeout:g} s")
+        with self._users_lock:
+            if self._removed:
+                return
+            with self.clusters.lock:  # no trim is half-way, and none starts any more
+                self.temp.drop()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.temp.file.path)
+            self._removed = True
+            self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        if self._removed and not self._users:
+            self.temp.close()

@@ -1,0 +1,220 @@
+"""The transmission phase of one client, in a thread of its own: receive, cut, validate, serve, answer.
+
+One receive takes all that is there. All whole requests in it are served in order, their replies gathered and sent
+together; then comes the next receive. So a client that sends one request at a time pays one receive and one send a
+request, and one with many in flight shares them.
+
+    quick     READ, a WRITE with nothing to save first, BLOCK_STATUS, TRIM of a snapshot     here, in order
+    waiting   FLUSH, FUA, a WRITE that a snapshot must be saved for, TRIM, WRITE_ZEROES      in other threads;
+              they answer when they are done, in any order, and hold up nobody here
+
+A READ goes straight into the memory that is sent, behind the place of its header. It must be copied there: pages of the
+active image handed to the socket by reference (sendfile, splice) would show later guest writes.
+
+The memory of a connection is fixed: its two buffers, HELD_BYTES of payloads for the waiting requests, and for a client
+without structured replies one READ of up to the maximum payload, out of a budget shared by all.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Callable
+
+from fleecing.errors import ProtocolError
+from fleecing.nbd.constants import EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, Cmd, ReplyMode
+from fleecing.nbd.handshake import Agreement
+from fleecing.nbd.transmission import EXTENDED_REQUEST, REQUEST, data_header, payload_length
+from fleecing.server.budget import Budget
+from fleecing.server.export import MAXIMUM_PAYLOAD, Export, answer_to
+from fleecing.server.outbox import GATHER, LARGEST_PIECE, Outbox
+from fleecing.server.service import Service
+from fleecing.units import MiB
+
+log = logging.getLogger(__name__)
+
+RECEIVE_SIZE = MiB
+"""Bytes of the receive buffer. A WRITE that does not fit is written piece by piece as it comes in."""
+
+_READ, _WRITE, _DISC = int(Cmd.READ), int(Cmd.WRITE), int(Cmd.DISC)
+
+
+class Connection:
+    """One client in the transmission phase. `sock` is blocking; `leftover` is what it sent behind the handshake."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        peer: str,
+        agreement: Agreement,
+        export: Export,
+        leftover: bytes,
+        *,
+        budget: Budget,
+        on_close: Callable[[Connection], None],
+    ) -> None:
+        self.peer = peer
+        self.export = export
+        self.export_name = agreement.export.name
+        self._sock = sock
+        self._mode = agreement.mode
+        self._size = agreement.export.size
+        self._on_close = on_close
+        self._out = Outbox(sock)
+        self._service = Service(agreement, export, self._out, budget)
+        self._buffer = bytearray(RECEIVE_SIZE)
+        self._view = memoryview(self._buffer)
+        self._view[: len(leftover)] = leftover
+        self._start, self._end = 0, len(leftover)  # what is received and not served yet
+        self._thread = threading.Thread(target=self._run, name=f"nbd {peer}", daemon=True)
+
+    @property
+    def requests(self) -> int:
+        """Requests served so far."""
+        return self._service.requests
+
+    @property
+    def bytes_read(self) -> int:
+        return self._service.bytes_read
+
+    @property
+    def bytes_written(self) -> int:
+        return self._service.bytes_written
+
+    def start(self) -> None:
+        """Serve the client in a thread of its own."""
+        self._thread.start()
+
+    def drain(self) -> None:
+        """Receive no more: serve what has arrived, answer it, and close. Returns at once.
+
+        Later requests get no ESHUTDOWN: a client that reconnects sends them again, and an error would reach its guest.
+        """
+        self._shutdown(socket.SHUT_RD)
+
+    def kill(self) -> None:
+        """Close now, whatever is under way. Returns at once."""
+        self._shutdown(socket.SHUT_RDWR)
+
+    def _shutdown(self, how: int) -> None:
+        try:
+            self._sock.shutdown(how)
+        except OSError:
+            pass  # closed already
+
+    # The life of the thread.
+
+    def _run(self) -> None:
+        self.export.retain()
+        try:
+            while self._serve_received():
+                self._out.send()
+                if not self._receive():
+                    break
+            self._out.send()
+        except ProtocolError as e:
+            log.info("client %s of %s dropped: %s", self.peer, self.export_name, e)
+        except OSError as e:
+            log.debug("x %s of %s: %s", self.peer, self.export_name, e)
+        except Exception:
+            log.exception("client %s of %s dropped", self.peer, self.export_name)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        """Let the waiting requests end and answer, then hang up."""
+        self._service.wait_idle()
+        self._shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+        self.export.release()
+        self._on_close(self)
+
+    def _receive(self) -> bool:
+        """Take what is there, waiting for at least a byte; False where the client has hung up."""
+        if self._start:
+            rest = self._end - self._start
+            self._view[:rest] = self._view[self._start : self._end]
+            self._start, self._end = 0, rest
+        received = self._sock.recv_into(self._view[self._end :])
+        self._end += received
+        return received > 0
+
+    # Cut.
+
+    def _serve_received(self) -> bool:
+        """Serve all whole requests that are there; False after a DISC."""
+        extended = self._mode is ReplyMode.EXTENDED
+        header, right_magic = (EXTENDED_REQUEST, EXTENDED_REQUEST_MAGIC) if extended else (REQUEST, REQUEST_MAGIC)
+        unpack, header_size = header.unpack_from, header.size
+        buffer, out, service, mode, size = self._buffer, self._out, self._service, self._mode, self._size
+        read_into = self.export.node.read_into
+        data_size = len(data_header(mode, 0, 0, 1))
+        debug = log.isEnabledFor(logging.DEBUG)
+        while self._end - self._start >= header_size:
+            magic, flags, command, cookie, offset, length = unpack(buffer, self._start)
+            if magic != right_magic:
+                raise ProtocolError(f"request with magic {magic:#x}: the stream is out of step")
+            if debug:
+                log.debug("< %s %s flags %#x cookie %#x %d+%d", self.peer, command, flags, cookie, offset, length)
+            if command == _READ and not flags and 0 < length <= LARGEST_PIECE and offset + length <= size:
+                # The hot path: what `Service.serve` does for the plain READ, in line.
+                self._start += header_size
+                service.requests += 1
+                used = out.used
+                data = used + data_size
+                try:
+                    read_into(offset, out.view[data : data + length])
+                except Exception as e:
+                    service.refuse(cookie, offset, answer_to(e, f"READ of {length} bytes at {offset}"))
+                else:
+                    out.view[used:data] = data_header(mode, cookie, offset, length)
+                    out.used = data + length
+                    service.bytes_read += length
+            elif payload := payload_length(mode, flags, command, length):
+                if not self._serve_payload(command, flags, cookie, offset, length, header_size, payload):
+                    return True
+            elif command == _DISC:
+                return False
+            else:
+                self._start += header_size
+                service.serve(command, flags, cookie, offset, length)
+            if out.used >= GATHER:
+                out.send()
+        return True
+
+    def _serve_payload(
+        self, command: int, flags: int, cookie: int, offset: int, length: int, header_size: int, payload: int
+    ) -> bool:
+        """Serve a request that has a payload; False where it is not all there yet and fits the buffer."""
+        if payload > MAXIMUM_PAYLOAD:
+            raise ProtocolError(f"a payload of {payload} bytes is above the maximum of {MAXIMUM_PAYLOAD}")
+        whole = header_size + payload
+        if whole > RECEIVE_SIZE:
+            self._start += header_size
+            self._serve_long_payload(command, flags, cookie, offset, payload)
+            return True
+        if self._end - self._start < whole:
+            return False
+        begin = self._start + header_size
+        self._start += whole
+        data = self._view[begin : begin + payload]
+        if command == _WRITE:
+            self._service.write(flags, cookie, offset, data)
+        else:
+            self._service.serve(command, flags, cookie, offset, length, data)
+        return True
+
+    def _serve_long_payload(self, command: int, flags: int, cookie: int, offset: int, left: int) -> None:
+        """Take a payload piece by piece: written as it comes in, or dropped where the request is refused."""
+        write = self._service.begin_long_write(command, flags, cookie, offset, left)
+        while left:
+            if self._start == self._end:
+                self._out.send()
+                if not self._receive():
+                    raise ProtocolError("the client hung up in the middle of a payload")
+            piece = self._view[self._start : min(self._end, self._start + left)]
+            write.take(piece)
+            self._start += len(piece)
+            left -= len(piece)
+        write.end()

@@ -1,0 +1,132 @@
+"""An export: a node under a name, with what a client is told of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+from fleecing.block.copy_before_write import CopyBeforeWrite
+from fleecing.block.node import Node
+from fleecing.block.snapshot_access import SnapshotAccess
+from fleecing.errors import BlockError, ClusterUnreadable, RequestError, SnapshotBroken, TempLimitReached
+from fleecing.nbd.constants import BASE_ALLOCATION, NbdError, TransmissionFlag
+from fleecing.nbd.handshake import ExportInfo
+from fleecing.nbd.transmission import nbd_error
+from fleecing.server.meta_context import ALLOCATION_DEPTH, CLUSTER_STATE, Context, everything_allocated
+from fleecing.units import MiB
+
+log = logging.getLogger(__name__)
+
+MAXIMUM_PAYLOAD = 64 * MiB
+"""Bytes of the longest READ or WRITE that is served; the preferred size is the cluster, the minimum one byte."""
+
+_BOTH = (
+    TransmissionFlag.HAS_FLAGS
+    | TransmissionFlag.SEND_FLUSH
+    | TransmissionFlag.SEND_FUA
+    | TransmissionFlag.SEND_TRIM
+    | TransmissionFlag.SEND_CACHE
+    | TransmissionFlag.CAN_MULTI_CONN
+)
+_ACTIVE = _BOTH | TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
+_SNAPSHOT = _BOTH | TransmissionFlag.READ_ONLY
+
+
+class Export:
+    """What a connection serves. `changes` is the node as a filter whose changes may have to wait; None = read-only."""
+
+    def __init__(
+        self,
+        info: ExportInfo,
+        node: Node,
+        contexts: Mapping[str, Context],
+        *,
+        changes: CopyBeforeWrite | None = None,
+        retain: Callable[[], None] | None = None,
+        release: Callable[[], None] | None = None,
+    ) -> None:
+        self.info = info
+        self.node = node
+        self.contexts = contexts
+        self.changes = changes
+        self._retain = retain
+        self._release = release
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def description(self) -> str:
+        return self.info.description
+
+    def retain(self) -> None:
+        """A connection starts to use the node."""
+        if self._retain is not None:
+            self._retain()
+
+    def release(self) -> None:
+        """That connection is over."""
+        if self._release is not None:
+            self._release()
+
+
+def active_export(name: str, description: str, disk: CopyBeforeWrite, *, cluster_size: int) -> Export:
+    """The export that a machine has as its disk. `cluster_size` (bytes) is the preferred block size."""
+    contexts: dict[str, Context] = {
+        BASE_ALLOCATION: disk.block_status,
+        ALLOCATION_DEPTH: everything_allocated,
+    }
+    return Export(
+        _info(name, description, disk.size, _ACTIVE, cluster_size, contexts), disk, contexts, changes=disk
+    )
+
+
+def snapshot_export(name: str, description: str, snapshot: SnapshotAccess) -> Export:
+    """The export that a backup tool reads and trims."""
+    contexts: dict[str, Context] = {
+        BASE_ALLOCATION: snapshot.block_status,
+        ALLOCATION_DEPTH: snapshot.allocation_depth,
+        CLUSTER_STATE: snapshot.cluster_state,
+    }
+    return Export(
+        _info(name, description, snapshot.size, _SNAPSHOT, snapshot.cluster_size, contexts),
+        snapshot,
+        contexts,
+        retain=snapshot.retain,
+        release=snapshot.release,
+    )
+
+
+def _info(
+    name: str, description: str, size: int, flags: TransmissionFlag, cluster_size: int, contexts: Mapping[str, Context]
+) -> ExportInfo:
+    return ExportInfo(
+        name=name,
+        description=description,
+        size=size,
+        flags=flags,
+        minimum_block=1,
+        preferred_block=cluster_size,
+        maximum_payload=MAXIMUM_PAYLOAD,
+        contexts=tuple(contexts),
+    )
+
+
+def answer_to(error: Exception, doing: str) -> RequestError:
+    """The one map from whatever a node raised to what the client is told: an NBD error and a sentence.
+
+    What a reader may not have is EINVAL, as QEMU answers it; the text tells trimmed from broken.
+    """
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, SnapshotBroken | ClusterUnreadable):
+        return RequestError(NbdError.EINVAL, str(error))
+    if isinstance(error, TempLimitReached):
+        return RequestError(NbdError.ENOSPC, str(error))
+    if isinstance(error, BlockError):
+        return RequestError(NbdError.EIO, str(error))
+    if isinstance(error, OSError):
+        return RequestError(nbd_error(error.errno), f"{doing}: {error.strerror or error}")
+    log.error("%s ended in an error that nobody expected", doing, exc_info=error)
+    return RequestError(NbdError.EIO, f"{doing}: internal error")

@@ -1,0 +1,205 @@
+"""Takes clients in: accepts, haggles, and hands each to a thread of its own.
+
+Runs on the asyncio loop. The handshake is driven on the raw socket; when it is over, the socket becomes a blocking one
+and belongs to a `Connection`. A client that is slow in the handshake costs a task and its time-out, nobody else's time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Iterable
+from typing import Protocol
+
+from fleecing.errors import ProtocolError
+from fleecing.nbd.handshake import ExportCatalog, ServerHandshake
+from fleecing.server.budget import Budget
+from fleecing.server.connection import Connection
+from fleecing.server.export import MAXIMUM_PAYLOAD, Export
+from fleecing.units import KiB
+
+log = logging.getLogger(__name__)
+
+HANDSHAKE_SECONDS = 10.0
+MAX_CLIENTS = 1024
+"""Clients at a time, in the handshake and after it; the next is turned away."""
+
+SEND_BUFFER = 416 * KiB
+"""Asked for as SO_SNDBUF: replies are gathered to pieces of that order, and go out in one call when they fit."""
+
+_RECEIVE = 64 * KiB
+_BUDGET = 4 * MAXIMUM_PAYLOAD
+
+
+class Catalog(ExportCatalog, Protocol):
+    """What the handshake asks, and the export itself."""
+
+    def open(self, name: str) -> Export | None:
+        """The export of that name, or None where it is gone by now."""
+
+
+class NbdServer:
+    """Serves a catalog's exports on any number of listening sockets. All methods are for the loop's thread."""
+
+    def __init__(
+        self, catalog: Catalog, *, handshake_seconds: float = HANDSHAKE_SECONDS, max_clients: int = MAX_CLIENTS
+    ) -> None:
+        self._catalog = catalog
+        self._handshake_seconds = handshake_seconds
+        self._max_clients = max_clients
+        self._budget = Budget(_BUDGET)
+        self._listeners: list[socket.socket] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._clients = 0
+        self._connections: set[Connection] = set()
+        self._idle = asyncio.Event()  # no connections
+        self._idle.set()
+
+    @property
+    def connections(self) -> Iterable[Connection]:
+        """The clients in the transmission phase."""
+        return tuple(self._connections)
+
+    def add_listener(self, listener: socket.socket) -> None:
+        """Accept clients on this listening socket from now on; it is closed with the server."""
+        listener.setblocking(False)
+        self._listeners.append(listener)
+        self._own(asyncio.get_running_loop().create_task(self._accept(listener)))
+
+    async def close(self, grace: float) -> None:
+        """Turn new clients away, let the others' requests end for up to `grace` seconds, then hang up."""
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+        for connection in self.connections:
+            connection.drain()
+        for hang_up in (False, True):
+            if hang_up:
+                for connection in self.connections:
+                    log.warning("client %s of %s does not end: hung up", connection.peer, connection.export_name)
+                    connection.kill()
+            try:
+                async with asyncio.timeout(grace):
+                    await self._idle.wait()
+                return
+            except TimeoutError:
+                continue
+        log.error("%d clients have requests that do not end", len(self._connections))
+
+    def _own(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, address = await loop.sock_accept(listener)
+            except OSError as e:
+                # Out of file descriptors or memory: clients that leave make room.
+                log.warning("cannot accept a client: %s", e)
+                await asyncio.sleep(0.1)
+                continue
+            peer = _peer_name(listener, address)
+            if self._clients >= self._max_clients:
+                log.warning("client %s turned away: %d clients are connected", peer, self._clients)
+                sock.close()
+                continue
+            self._clients += 1
+            self._own(loop.create_task(self._welcome(sock, peer)))
+
+    async def _welcome(self, sock: socket.socket, peer: str) -> None:
+        """The handshake; on success the socket goes to a connection, else it is closed."""
+        connection = None
+        try:
+            connection = await self._haggle(sock, peer)
+        except ProtocolError as e:
+            log.info("client %s dropped in the handshake: %s", peer, e)
+        except TimeoutError:
+            log.info("client %s dropped: no end of the handshake in %g s", peer, self._handshake_seconds)
+        except OSError as e:
+            log.debug("x %s in the handshake: %s", peer, e)
+        except Exception:
+            log.exception("client %s dropped in the handshake", peer)
+        finally:
+            if connection is None:
+                self._clients -= 1
+                sock.close()
+        if connection is not None:
+            log.info("client %s opened %s", peer, connection.export_name)
+            self._connections.add(connection)
+            self._idle.clear()
+            connection.start()
+
+    async def _haggle(self, sock: socket.socket, peer: str) -> Connection | None:
+        loop = asyncio.get_running_loop()
+        _tune(sock)
+        handshake = ServerHandshake(self._catalog)
+        async with asyncio.timeout(self._handshake_seconds):
+            try:
+                while True:
+                    if reply := handshake.data_to_send():
+                        await loop.sock_sendall(sock, reply)
+                    if handshake.closing:
+                        return None
+                    if handshake.agreement is not None:
+                        break
+                    data = await loop.sock_recv(sock, _RECEIVE)
+                    if not data:
+                        log.debug("x %s hung up in the handshake", peer)
+                        return None
+                    handshake.receive(data)
+            except ProtocolError:
+                if reply := handshake.data_to_send():
+                    await loop.sock_sendall(sock, reply)
+                raise
+        export = self._catalog.open(handshake.agreement.export.name)
+        if export is None:
+            log.info("client %s dropped: %s is gone", peer, handshake.agreement.export.name)
+            return None
+        sock.setblocking(True)
+        return Connection(
+            sock,
+            peer,
+            handshake.agreement,
+            export,
+            handshake.leftover,
+            budget=self._budget,
+            on_close=lambda connection: self._closed(loop, connection),
+        )
+
+    def _closed(self, loop: asyncio.AbstractEventLoop, connection: Connection) -> None:
+        """Called by the connection's thread at its end."""
+        try:
+            loop.call_soon_threadsafe(self._forget, connection)
+        except RuntimeError:
+            pass  # the loop is closed: the process ends
+
+    def _forget(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        self._clients -= 1
+        if not self._connections:
+            self._idle.set()
+        log.info(
+            "client %s left %s: %d requests, %d bytes read, %d written",
+            connection.peer, connection.export_name, connection.requests, connection.bytes_read, connection.bytes_written,
+        )  # fmt: skip
+
+
+def _tune(sock: socket.socket) -> None:
+    sock.setblocking(False)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def _peer_name(listener: socket.socket, address: object) -> str:
+    if isinstance(address, tuple) and len(address) >= 2:
+        host, port = address[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return "unix"

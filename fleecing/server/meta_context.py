@@ -1,0 +1,47 @@
+"""Meta contexts: block status for several contexts at once, all covering the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from fleecing.block.extent import MAX_RUNS, Runs, total_length
+
+ALLOCATION_DEPTH = "qemu:allocation-depth"
+"""0 = not allocated, 1 = in the top layer, 2 = in the layer below it (QEMU, docs/interop/nbd.rst)."""
+
+CLUSTER_STATE = "fleecing:cluster-state"
+"""0 = untouched, 1 = copied, 2 = trimmed, 3 = not in the bitmap. Answered where a read is refused, too."""
+
+Context = Callable[[int, int, int], Runs]
+"""(offset, length, most runs) -> runs from `offset` on; the whole range unless that takes more runs."""
+
+
+def everything_allocated(offset: int, length: int, max_runs: int) -> Runs:
+    """A raw image has one layer, and all of it is there."""
+    return [(length, 1)]
+
+
+def block_status(contexts: Sequence[Context], offset: int, length: int, *, one: bool) -> list[Runs]:
+    """The runs of each context. All cover the same number of bytes: the whole range where they can.
+
+    Clients rely on it: one that walks the contexts side by side would lose what the shorter one leaves out. Only where
+    a context takes more than 2^20 runs, the most that one chunk should hold, all are cut to what that one covers;
+    `one` (REQ_ONE) cuts them to what is one run in every context.
+    """
+    most = 1 if one else MAX_RUNS
+    answers = [context(offset, length, most)[:most] for context in contexts]
+    covered = min(total_length(runs) for runs in answers)
+    return [_cut(runs, covered) for runs in answers]
+
+
+def _cut(runs: Runs, length: int) -> Runs:
+    """The runs up to `length` bytes, which they cover."""
+    if total_length(runs) == length:
+        return runs
+    kept: Runs = []
+    for count, state in runs:
+        kept.append((min(count, length), state))
+        length -= kept[-1][0]
+        if not length:
+            break
+    return kept

@@ -1,0 +1,106 @@
+"""What goes out to one client: replies gathered by its own thread, and late ones from other threads.
+
+    the connection's thread   put, reserve ... send      blocks where the client does not read: its own loss
+    any other thread          late                       never blocks
+
+A thread of the pool must not wait for a client that does not read. Where the socket takes no more, or the connection's
+thread is sending, a late reply is left in a queue: whoever holds the send lock looks at the queue again after giving it
+back. A late reply that the socket takes in part only gets a thread of its own, which keeps the lock until it is out.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections import deque
+
+from fleecing.units import KiB
+
+GATHER = 128 * KiB
+"""Bytes of replies from which on they are sent, whatever else is to be served."""
+
+LARGEST_PIECE = 256 * KiB
+"""Bytes of data that one reserved piece has at most."""
+
+_SIZE = GATHER + LARGEST_PIECE + KiB
+
+
+class Outbox:
+    """The sending side of a connection. `view` up to `used` is what waits; only the connection's thread touches both."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.view = memoryview(bytearray(_SIZE))
+        self.used = 0
+        self._sending = threading.Lock()
+        self._late: deque[bytes] = deque()
+
+    def put(self, reply: bytes) -> None:
+        """Add a whole reply; what does not fit beside the others goes out at once."""
+        if self.used + len(reply) > _SIZE:
+            self.send()
+        if len(reply) > _SIZE:
+            self.send_now([reply])
+            return
+        self.view[self.used : self.used + len(reply)] = reply
+        self.used += len(reply)
+
+    def send(self) -> None:
+        """Send what was gathered, then late replies. Raises OSError where the client is gone."""
+        if self.used:
+            with self._sending:
+                self._sock.sendall(self.view[: self.used])
+            self.used = 0
+        if self._late:
+            self._send_late()
+
+    def send_now(self, parts: list[bytes | memoryview]) -> None:
+        """Send these without gathering, in one go as the peer sees it; what was gathered goes first."""
+        self.send()
+        with self._sending:
+            for part in parts:
+                self._sock.sendall(part)
+        if self._late:
+            self._send_late()
+
+    def late(self, reply: bytes) -> None:
+        """Send a reply from a thread that must not block. A client that is gone loses it."""
+        self._late.append(reply)
+        self._send_late()
+
+    def _send_late(self) -> None:
+        # The holder of the lock looks at the queue after giving it back, so a reply put there is never forgotten.
+        while self._late and self._sending.acquire(blocking=False):
+            kept = False
+            try:
+                kept = self._send_queue()
+            except OSError:
+                self._late.clear()  # the connection's thread learns it from its own socket call
+            finally:
+                if not kept:
+                    self._sending.release()
+            if kept:
+                return
+
+    def _send_queue(self) -> bool:
+        """Send the queue as far as the socket takes it; True where the rest, and the lock, went to another thread."""
+        while self._late:
+            reply = self._late.popleft()
+            try:
+                sent = self._sock.send(reply, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                sent = 0
+            if sent < len(reply):
+                rest = reply[sent:]
+                threading.Thread(target=self._send_rest, args=(rest,), name="late reply", daemon=True).start()
+                return True
+        return False
+
+    def _send_rest(self, rest: bytes) -> None:
+        try:
+            self._sock.sendall(rest)
+        except OSError:
+            self._late.clear()
+        finally:
+            self._sending.release()
+        self._send_late()

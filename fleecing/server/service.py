@@ -1,0 +1,287 @@
+"""The requests of one client: validate, serve, answer.
+
+All methods are called by the connection's thread. What may have to wait (a change of the active disk, FLUSH, FUA) is
+submitted to the block layer and answered later by the thread that ends it, through `Outbox.late`; up to HELD_REQUESTS
+and HELD_BYTES of payload may be under way so, then the connection waits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from fleecing.errors import RequestError
+from fleecing.nbd.constants import Cmd, CmdFlag, NbdError, ReplyMode
+from fleecing.nbd.handshake import Agreement
+from fleecing.nbd.transmission import (
+    block_status_reply,
+    check_request,
+    data_chunk_header,
+    data_header,
+    done_reply,
+    error_reply,
+    status_payload,
+)
+from fleecing.server.budget import Budget
+from fleecing.server.export import Export, answer_to
+from fleecing.server.meta_context import block_status
+from fleecing.server.outbox import GATHER, LARGEST_PIECE, Outbox
+from fleecing.units import KiB, MiB
+
+HELD_REQUESTS = 64
+HELD_BYTES = 16 * MiB
+"""Requests, and bytes of their payloads, that may be under way in other threads."""
+
+LARGEST_STATUS_PAYLOAD = 64 * KiB
+"""Bytes of a BLOCK_STATUS payload that are looked at; it lists context ids, of which there are a handful."""
+
+BUDGET_SECONDS = 30.0
+"""How long a READ with a simple reply waits for its share of the memory that all connections have together."""
+
+_WRITE = int(Cmd.WRITE)
+_FUA = int(CmdFlag.FUA)
+_PAYLOAD_LEN = int(CmdFlag.PAYLOAD_LEN)
+
+Done = Callable[[Exception | None], None]
+
+
+class Service:
+    """Serves one client's requests on one export; replies go into `out`."""
+
+    def __init__(self, agreement: Agreement, export: Export, out: Outbox, budget: Budget) -> None:
+        self.requests = 0
+        self.bytes_read = 0
+        self.bytes_written = 0
+        self._mode = agreement.mode
+        self._limits = agreement.limits()
+        self._contexts = {number: export.contexts[name] for number, name in agreement.contexts}
+        self._node = export.node
+        self._changes = export.changes
+        self._out = out
+        self._budget = budget
+        self._held = threading.Condition()
+        self._held_requests = 0  # under _held, as is the next
+        self._held_bytes = 0
+
+    # Answers.
+
+    def refuse(self, cookie: int, offset: int, error: RequestError) -> None:
+        """The reply of a request that failed; the text goes with it where replies are structured."""
+        self._out.put(error_reply(self._mode, cookie, offset, error.error, error.text))
+
+    def _done(self, cookie: int, offset: int) -> None:
+        self._out.put(done_reply(self._mode, cookie, offset))
+
+    def _when_done(self, cookie: int, offset: int, doing: str, *, flags: int = 0, held: int = 0) -> Done:
+        """What to call, once, when a submitted request is over. `held` bytes of payload are given back then."""
+        self._hold(held)
+
+        def answer(error: Exception | None) -> None:
+            if error is None:
+                reply = done_reply(self._mode, cookie, offset)
+            else:
+                failure = answer_to(error, doing)
+                reply = error_reply(self._mode, cookie, offset, failure.error, failure.text)
+            self._out.late(reply)
+            self._give_back(held)
+
+        def flush_first(error: Exception | None) -> None:
+            if error is None and self._changes is not None:
+                self._changes.submit_flush(answer)
+            else:
+                answer(error)
+
+        return flush_first if flags & _FUA else answer
+
+    def _hold(self, count: int) -> None:
+        with self._held:
+            if self._held_requests >= HELD_REQUESTS or self._held_bytes + count > HELD_BYTES:
+                self._out.send()  # or the client may wait for a reply that is not sent
+                self._held.wait_for(
+                    lambda: self._held_requests < HELD_REQUESTS and self._held_bytes + count <= HELD_BYTES
+                )
+            self._held_requests += 1
+            self._held_bytes += count
+
+    def _give_back(self, count: int) -> None:
+        with self._held:
+            self._held_requests -= 1
+            self._held_bytes -= count
+            self._held.notify_all()
+
+    def wait_idle(self) -> None:
+        """Wait until nothing is under way in other threads."""
+        with self._held:
+            self._held.wait_for(lambda: not self._held_requests)
+
+    # WRITE.
+
+    def write(self, flags: int, cookie: int, offset: int, data: memoryview) -> None:
+        """A WRITE whose payload is all there. `data` is not used any more when this returns."""
+        self.requests += 1
+        length = len(data)
+        try:
+            check_request(self._limits, _WRITE, flags, offset, length)
+            changes = self._changes
+            assert changes is not None
+            if not changes.write_now(offset, data):
+                held = bytes(data)
+                done = self._when_done(
+                    cookie, offset, f"WRITE of {length} bytes at {offset}", flags=flags, held=length
+                )
+                changes.submit_write(offset, held, done)
+            elif flags & _FUA:
+                changes.submit_flush(self._when_done(cookie, offset, f"FUA of WRITE at {offset}"))
+            else:
+                self._done(cookie, offset)
+            self.bytes_written += length
+        except Exception as e:
+            self.refuse(cookie, offset, answer_to(e, f"WRITE of {length} bytes at {offset}"))
+
+    def begin_long_write(self, command: int, flags: int, cookie: int, offset: int, length: int) -> LongWrite:
+        """A payload that is larger than the receive buffer begins."""
+        self.requests += 1
+        refusal = None
+        try:
+            if command != _WRITE:
+                raise RequestError(NbdError.EINVAL, f"command {command} with a payload of {length} bytes")
+            check_request(self._limits, command, flags, offset, length)
+        except RequestError as e:
+            refusal = e
+        return LongWrite(self, flags, cookie, offset, length, refusal)
+
+    # Everything else.
+
+    def serve(
+        self, command: int, flags: int, cookie: int, offset: int, length: int, payload: memoryview | None = None
+    ) -> None:
+        """A request other than WRITE and DISC. With extended headers any may come with a `payload`."""
+        self.requests += 1
+        try:
+            contexts = tuple(self._contexts)
+            if payload is not None and command == Cmd.BLOCK_STATUS and len(payload) <= LARGEST_STATUS_PAYLOAD:
+                length, contexts = status_payload(bytes(payload), self._contexts)
+            check_request(self._limits, command, flags, offset, length)
+            if not length and command != Cmd.FLUSH:
+                self._done(cookie, offset)
+            elif command == Cmd.READ:
+                self._read(flags, cookie, offset, length)
+            elif command == Cmd.BLOCK_STATUS:
+                self._block_status(flags, cookie, offset, length, contexts)
+            elif command == Cmd.CACHE:
+                self._node.prefetch(offset, length)
+                self._done(cookie, offset)
+            else:
+                self._change(Cmd(command), flags, cookie, offset, length)
+        except Exception as e:
+            name = Cmd(command).name if command <= max(Cmd) else f"command {command}"
+            self.refuse(cookie, offset, answer_to(e, f"{name} of {length} bytes at {offset}"))
+
+    def _block_status(self, flags: int, cookie: int, offset: int, length: int, contexts: tuple[int, ...]) -> None:
+        nodes = [self._contexts[number] for number in contexts]
+        runs = block_status(nodes, offset, length, one=bool(flags & CmdFlag.REQ_ONE))
+        self._out.put(block_status_reply(self._mode, cookie, offset, list(zip(contexts, runs, strict=True))))
+
+    def _change(self, command: Cmd, flags: int, cookie: int, offset: int, length: int) -> None:
+        """FLUSH, TRIM, WRITE_ZEROES."""
+        changes = self._changes
+        if changes is None:  # a snapshot: its trim waits for nobody, and there is nothing to flush
+            if command is Cmd.TRIM:
+                self._node.discard(offset, length)
+            self._done(cookie, offset)
+            return
+        if command is Cmd.FLUSH:
+            changes.submit_flush(self._when_done(cookie, offset, "FLUSH"))
+            return
+        done = self._when_done(cookie, offset, f"{command.name} of {length} bytes at {offset}", flags=flags)
+        if command is Cmd.TRIM:
+            changes.submit_discard(offset, length, done)
+        else:
+            may_unmap, fast_only = not flags & CmdFlag.NO_HOLE, bool(flags & CmdFlag.FAST_ZERO)
+            changes.submit_zeroes(offset, length, done, may_unmap=may_unmap, fast_only=fast_only)
+
+    # READ, where the connection's hot path does not serve it.
+
+    def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        if length <= LARGEST_PIECE:
+            self._read_piece(data_header(self._mode, cookie, offset, length), offset, length)
+        elif self._mode is ReplyMode.SIMPLE:
+            self._read_whole(cookie, offset, length)
+        elif flags & CmdFlag.DF:
+            # "If the server [...] cannot [...] it MAY reply with NBD_EOVERFLOW" to a DF read of more than 65536 bytes.
+            raise RequestError(NbdError.EOVERFLOW, f"READ with DF of {length} bytes is above {LARGEST_PIECE}")
+        else:
+            self._read_pieces(cookie, offset, length)
+        self.bytes_read += length
+
+    def _read_pieces(self, cookie: int, offset: int, length: int) -> None:
+        """Chunk by chunk. One that fails ends the reply with an error chunk; the connection goes on."""
+        end = offset + length
+        for start in range(offset, end, LARGEST_PIECE):
+            count = min(LARGEST_PIECE, end - start)
+            header = data_chunk_header(self._mode, cookie, offset, start, count, done=start + count == end)
+            try:
+                self._read_piece(header, start, count)
+            except Exception as e:
+                failure = answer_to(e, f"READ of {count} bytes at {start}")
+                self._out.put(error_reply(self._mode, cookie, offset, failure.error, failure.text, at=start))
+                return
+            if self._out.used >= GATHER:
+                self._out.send()
+
+    def _read_piece(self, header: bytes, offset: int, length: int) -> None:
+        """Read straight into what is sent; the header goes in front when the bytes are there."""
+        out = self._out
+        begin = out.used + len(header)
+        self._node.read_into(offset, out.view[begin : begin + length])
+        out.view[out.used : begin] = header
+        out.used = begin + length
+
+    def _read_whole(self, cookie: int, offset: int, length: int) -> None:
+        """A long READ with a simple reply, which has no way to tell an error once it has begun: read all, then send."""
+        if not self._budget.take(length, BUDGET_SECONDS):
+            raise RequestError(NbdError.ENOMEM, f"no memory for a READ of {length} bytes: other clients have it all")
+        try:
+            buffer = memoryview(bytearray(length))
+            for start in range(0, length, LARGEST_PIECE):
+                self._node.read_into(offset + start, buffer[start : start + LARGEST_PIECE])
+            self._out.send_now([data_header(self._mode, cookie, offset, length), buffer])
+        finally:
+            self._budget.give_back(length)
+
+
+class LongWrite:
+    """A WRITE that is done piece by piece while its payload comes in.
+
+    A piece that has something to save first is waited for: what the client sends next is behind it in the stream.
+    After an error the rest is taken and dropped, so that the stream stays in step.
+    """
+
+    def __init__(
+        self, service: Service, flags: int, cookie: int, offset: int, length: int, refusal: RequestError | None
+    ) -> None:
+        self._service = service
+        self._flags, self._cookie, self._offset = flags, cookie, offset
+        self._doing = f"WRITE of {length} bytes at {offset}"
+        self._position = offset
+        self._refusal = refusal
+
+    def take(self, piece: memoryview) -> None:
+        """The next bytes of the payload."""
+        if self._refusal is None:
+            try:
+                self._service._node.write(self._position, piece)
+                self._service.bytes_written += len(piece)
+            except Exception as e:
+                self._refusal = answer_to(e, self._doing)
+        self._position += len(piece)
+
+    def end(self) -> None:
+        """The payload is complete: answer."""
+        service = self._service
+        if self._refusal is not None:
+            service.refuse(self._cookie, self._offset, self._refusal)
+        elif self._flags & _FUA and service._changes is not None:
+            service._changes.submit_flush(service._when_done(self._cookie, self._offset, self._doing))
+        else:
+            service._done(self._cookie, self._offset)
