@@ -1,0 +1,222 @@
+"""The commands that talk to a running server: snapshot, disk, map."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import click
+
+from fleecing.block.copy_before_write import OnCbwError
+from fleecing.cli.control_client import ControlClient
+from fleecing.cli.output import fields, local_time, print_json, table
+from fleecing.cli.params import EXPORT, NAME, TEMP_LIMIT, control_option, json_option
+from fleecing.control.models import DEFAULT_CBW_TIMEOUT
+from fleecing.errors import ControlError
+from fleecing.units import format_size
+
+
+@click.group()
+def snapshot() -> None:
+    """Make, look at and delete snapshots: frozen views of disks that go on being written."""
+
+
+@snapshot.command(
+    epilog="""\b
+Examples:
+  fleecing snapshot create vda
+  fleecing snapshot create vda vdb --name monday --temp-limit 20G
+  qemu-img convert -O qcow2 "$(fleecing snapshot create vda)" vda.qcow2
+"""
+)
+@click.argument("disks", metavar="DISK...", nargs=-1, required=True, type=NAME)
+@click.option("--name", type=NAME, help="Name of the snapshot; else the time in UTC, as in 20261123-063000.")
+@click.option("--temp-limit", type=TEMP_LIMIT, help="Most temp space a disk, as in 20G; reaching it is a copy error.")
+@click.option(
+    "--on-cbw-error",
+    type=click.Choice([policy.value for policy in OnCbwError]),
+    default=OnCbwError.BREAK_SNAPSHOT.value,
+    show_default=True,
+    help="What to give up when old contents cannot be saved: the snapshot, or the guest's write.",
+)
+@click.option(
+    "--cbw-timeout",
+    type=click.FloatRange(0, 86400),
+    default=DEFAULT_CBW_TIMEOUT,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long a guest write may wait for its copy; longer is a copy error. 0 = no limit.",
+)
+@click.option("--tcp", is_flag=True, help="Print URIs over TCP, where the server has a Unix socket, too.")
+@control_option
+@json_option
+def create(
+    *,
+    disks: tuple[str, ...],
+    name: str | None,
+    temp_limit: int | None,
+    on_cbw_error: str,
+    cbw_timeout: float,
+    tcp: bool,
+    control: str,
+    as_json: bool,
+) -> None:
+    """Freeze one or several DISKs, all at the same instant, and print one NBD URI for each.
+
+    Give the URI to any NBD client, read it, and send TRIM for what was read: that frees its temp space at once. The
+    URIs are the only output on stdout; they are those over a Unix socket where the server has one. --json prints all
+    there is to know, with the URIs of every listener.
+    """
+    if not math.isfinite(cbw_timeout):
+        raise click.BadParameter(f"{cbw_timeout} is no number of seconds", param_hint="--cbw-timeout")
+    repeated = sorted({disk for disk in disks if disks.count(disk) > 1})
+    if repeated:
+        raise click.UsageError(f"DISK '{repeated[0]}' is named twice.")
+    body = {
+        "disks": disks,
+        "name": name,
+        "temp_limit": temp_limit,
+        "on_cbw_error": on_cbw_error,
+        "cbw_timeout": cbw_timeout,
+    }
+    answer = ControlClient(control).request("POST", "/v1/snapshots", body)
+    if as_json:
+        print_json(answer["snapshots"])
+        return
+    for made in answer["snapshots"]:
+        click.echo(_uri(made, tcp=tcp))
+
+
+def _uri(info: dict[str, Any], *, tcp: bool) -> str:
+    """The one URI to print. Raises ControlError where the snapshot was made but --tcp asks for what is not there."""
+    uris: list[str] = info["uris"]
+    if not tcp:
+        return uris[0]
+    for uri in uris:
+        if uri.startswith("nbd://"):
+            return uri
+    raise ControlError(409, f"snapshot {info['export']} is made, but the server has no TCP listener: use {uris[0]}")
+
+
+@snapshot.command("list")
+@control_option
+@json_option
+def list_(*, control: str, as_json: bool) -> None:
+    """List all snapshots, one line each."""
+    snapshots = ControlClient(control).request("GET", "/v1/snapshots")["snapshots"]
+    if as_json:
+        print_json(snapshots)
+    elif not snapshots:
+        click.echo("There is no snapshot; `fleecing snapshot create DISK` makes one.", err=True)
+    else:
+        click.echo(snapshot_table(snapshots))
+
+
+def snapshot_table(snapshots: list[dict[str, Any]]) -> str:
+    """One line a snapshot; the reason of a broken one is in its last column."""
+    heads = ("SNAPSHOT", "CREATED", "SIZE", "COPIED", "TRIMMED", "TEMP", "PEAK", "LIMIT", "CLIENTS", "STATE")
+    rows = [
+        (
+            s["export"],
+            local_time(s["created"]),
+            format_size(s["size"]),
+            format_size(s["clusters"]["copied"] * s["cluster_size"]),
+            format_size(s["clusters"]["trimmed"] * s["cluster_size"]),
+            format_size(s["temp"]["used"]),
+            format_size(s["temp"]["peak"]),
+            "none" if s["temp"]["limit"] is None else format_size(s["temp"]["limit"]),
+            str(s["clients"]),
+            f"broken: {s['broken']}" if s["state"] == "broken" else s["state"],
+        )
+        for s in snapshots
+    ]
+    return table(heads, rows)
+
+
+@snapshot.command(epilog="\b\nExample:\n  fleecing snapshot show vda@monday\n")
+@click.argument("which", metavar="DISK@SNAPSHOT", type=EXPORT)
+@control_option
+@json_option
+def show(*, which: tuple[str, str], control: str, as_json: bool) -> None:
+    """Show one snapshot: its URIs, clusters and temp space, and why it broke if it did."""
+    s = ControlClient(control).request("GET", snapshot_path(which))
+    if as_json:
+        print_json(s)
+        return
+    counts, size, temp = s["clusters"], s["cluster_size"], s["temp"]
+    pairs = [
+        ("snapshot", s["export"]),
+        ("state", s["state"]),
+        *([("broken", s["broken"])] if s["state"] == "broken" else []),
+        ("created", local_time(s["created"])),
+        ("size", f"{format_size(s['size'])} in clusters of {format_size(size)}"),
+        *((state.replace("_", " "), f"{n} clusters, {format_size(n * size)}") for state, n in counts.items()),
+        ("copied ever", f"{s['copied_total']} clusters"),
+        ("temp file", temp["path"]),
+        ("temp used", f"{format_size(temp['used'])}, at most {format_size(temp['peak'])} so far"),
+        ("temp limit", "none" if temp["limit"] is None else format_size(temp["limit"])),
+        ("on-cbw-error", s["on_cbw_error"]),
+        ("cbw-timeout", f"{s['cbw_timeout']:g} s" if s["cbw_timeout"] else "none"),
+        ("clients", str(s["clients"])),
+        *(("uri", uri) for uri in s["uris"]),
+    ]
+    click.echo(fields(pairs))
+
+
+@snapshot.command(epilog="\b\nExample:\n  fleecing snapshot delete vda@monday\n")
+@click.argument("which", metavar="DISK@SNAPSHOT...", nargs=-1, required=True, type=EXPORT)
+@control_option
+@json_option
+def delete(*, which: tuple[tuple[str, str], ...], control: str, as_json: bool) -> None:
+    """Delete snapshots, in any order, whoever reads them; returns when their temp space is free.
+
+    Clients that still read get errors. Deleting one that is gone already is no error.
+    """
+    answers = [ControlClient(control).request("DELETE", snapshot_path(one)) for one in which]
+    if as_json:
+        print_json(answers)
+        return
+    for answer in answers:
+        done = "deleted" if answer["deleted"] else "not there, nothing to delete"
+        click.echo(f"{answer['disk']}@{answer['name']}: {done}", err=True)
+
+
+def snapshot_path(which: tuple[str, str]) -> str:
+    """The API's path of a snapshot; names need no quoting."""
+    return f"/v1/snapshots/{which[0]}@{which[1]}"
+
+
+@click.group()
+def disk() -> None:
+    """Look at the disks of a running server."""
+
+
+@disk.command("list")
+@control_option
+@json_option
+def list_disks(*, control: str, as_json: bool) -> None:
+    """List all disks, one line each."""
+    disks = ControlClient(control).request("GET", "/v1/disks")["disks"]
+    if as_json:
+        print_json(disks)
+    else:
+        click.echo(disk_table(disks))
+
+
+def disk_table(disks: list[dict[str, Any]]) -> str:
+    """One line a disk; what is wrong with an image is in the last column."""
+    heads = ("DISK", "SIZE", "CLUSTER", "CLIENTS", "SNAPSHOTS", "TEMP FREE", "URI", "STATE")
+    rows = [
+        (
+            d["name"],
+            format_size(d["size"]),
+            format_size(d["cluster_size"]),
+            str(d["clients"]),
+            str(len(d["snapshots"])),
+            format_size(d["temp_free"]),
+            d["uris"][0],
+            d["problem"] or "ok",
+        )
+        for d in disks
+    ]
+    return table(heads, rows)

@@ -1,0 +1,59 @@
+"""What an operator types, checked before anything is asked of a server: misuse ends with exit code 2."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from fleecing.control.config import TcpAddress
+from fleecing.control.fields import check_cluster_size, check_temp_limit
+from fleecing.control.names import check_name, split_export
+from fleecing.control.paths import default_control_path
+from fleecing.control.sockets import check_socket_path
+from fleecing.units import parse_size
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Checked(click.ParamType[Any]):
+    """A parameter made of its text by a function that raises ValueError with a sentence."""
+
+    def __init__(self, name: str, make: Callable[[str], Any]) -> None:
+        self.name = name
+        self._make = make
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._make(value)
+        except ValueError as e:
+            self.fail(str(e), param, ctx)
+
+
+NAME = Checked("NAME", check_name)
+EXPORT = Checked("DISK@SNAPSHOT", split_export)
+ADDRESS = Checked("HOST:PORT", TcpAddress.parse)
+CLUSTER_SIZE = Checked("SIZE", lambda text: check_cluster_size(parse_size(text)))
+TEMP_LIMIT = Checked("SIZE", lambda text: check_temp_limit(parse_size(text)))
+SOCKET = Checked("PATH", lambda text: check_socket_path(os.path.abspath(text)))
+
+
+def control_option(command: Command) -> Command:
+    """--control PATH; the command gets `control`, a path, whether given or not."""
+    option = click.option(
+        "--control",
+        type=SOCKET,
+        default=default_control_path,
+        help="Control socket of the server; else $FLEECING_CONTROL, else control.sock in the runtime folder "
+        "(/run/fleecing as root, $XDG_RUNTIME_DIR/fleecing otherwise).",
+    )
+    return option(command)
+
+
+def json_option(command: Command) -> Command:
+    """--json; the command gets `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")(command)

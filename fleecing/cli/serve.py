@@ -1,0 +1,127 @@
+"""`fleecing serve` and `fleecing check-config`: from the command line to the daemon's settings."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fleecing.cli.output import print_json
+from fleecing.cli.params import ADDRESS, CLUSTER_SIZE, NAME, SOCKET, json_option
+from fleecing.control import daemon
+from fleecing.control.config import ServerSettings, TcpAddress, make_settings, read_config
+from fleecing.control.names import clean_name
+from fleecing.units import format_size
+
+
+@click.command(
+    short_help="Serve a disk image over NBD.",
+    epilog="""\b
+Examples:
+  fleecing serve vda.img
+  fleecing serve /dev/vg0/web --name web --listen 0.0.0.0:10809
+  fleecing serve vda.img --unix /tmp/nbd.sock --control /tmp/control.sock --state-dir /tmp/state
+  fleecing serve --config /etc/fleecing.toml
+""",
+)
+@click.argument("image", required=False)
+@click.option("--config", metavar="FILE", help="Serve the disks of a TOML file instead of IMAGE.")
+@click.option("--name", type=NAME, help="Name of the disk and its export; else IMAGE's file name without its ending.")
+@click.option("--format", "image_format", metavar="raw", help="Format of IMAGE. This release serves raw images.")
+@click.option("--listen", type=ADDRESS, multiple=True, help="TCP address for NBD clients; port 0 takes any free port.")
+@click.option("--unix", type=SOCKET, multiple=True, help="Unix socket for NBD clients.")
+@click.option(
+    "--control",
+    type=SOCKET,
+    help="Control socket; else $FLEECING_CONTROL, else control.sock in /run/fleecing "
+    "as root, in $XDG_RUNTIME_DIR/fleecing otherwise.",
+)
+@click.option(
+    "--state-dir", metavar="DIR", help="State folder; else /var/lib/fleecing as root, else $XDG_STATE_HOME/fleecing."
+)
+@click.option("--temp-dir", metavar="DIR", help="Folder for the temp files of snapshots; else the state folder.")
+@click.option("--cluster-size", type=CLUSTER_SIZE, help="Unit of copying, 4K to 2M, a power of two; else 64K.")
+@click.option("--verbose", is_flag=True, help="Log every protocol message, too.")
+def serve(
+    *,
+    image: str | None,
+    config: str | None,
+    name: str | None,
+    image_format: str | None,
+    cluster_size: int | None,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Serve IMAGE, a raw file or a block device, as a disk over NBD, and snapshots of it.
+
+    Without --listen and --unix the server listens on 127.0.0.1:10809 and on nbd.sock beside the default control
+    socket. Lines to paste into QEMU and into a shell are printed on stderr. SIGTERM or Ctrl-C ends it: requests in
+    flight are finished first, and the exit code is 0.
+    """
+    for_image = {"path": image, "format": image_format, "cluster-size": cluster_size}
+    if config is not None:
+        if image is not None or name is not None or any(value is not None for value in for_image.values()):
+            raise click.UsageError(
+                "IMAGE, --name, --format and --cluster-size do not go with --config FILE: say it there."
+            )
+        settings = read_config(config, _given(options))
+    elif image is None:
+        raise click.UsageError("Name the IMAGE to serve, or a --config FILE.")
+    else:
+        disk = {name or clean_name(Path(image).stem): _given(for_image)}
+        settings = make_settings({"disk": disk, **_given(options)}, "command line")
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
+    daemon.run(settings, program=_program(), announce=lambda text: click.echo(text, err=True))
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, under their names in the configuration."""
+    return {key.replace("_", "-"): value for key, value in options.items() if value not in (None, ())}
+
+
+def _program() -> str:
+    """What starts this program in a shell, wherever that shell stands."""
+    if shutil.which("fleecing"):
+        return "fleecing"
+    if os.path.basename(sys.argv[0]) == "__main__.py":
+        return f"{shlex.quote(sys.executable)} -m fleecing"
+    return shlex.quote(os.path.abspath(sys.argv[0]))
+
+
+@click.command("check-config", epilog="\b\nExample:\n  fleecing check-config /etc/fleecing.toml\n")
+@click.argument("file")
+@json_option
+def check_config(*, file: str, as_json: bool) -> None:
+    """Say whether FILE can be given to `serve --config`, and what it comes to with all defaults filled in.
+
+    The images are not opened. Exit code 1 and one line that names every mistake where FILE cannot be used.
+    """
+    settings = read_config(file)
+    if as_json:
+        print_json(settings.model_dump(mode="json", by_alias=True))
+        return
+    click.echo(_described(settings))
+
+
+def _described(settings: ServerSettings) -> str:
+    lines = [f"listen     {_address(address)}" for address in settings.listen]
+    lines += [f"unix       {path}" for path in settings.unix]
+    lines += [f"control    {settings.control}", f"state-dir  {settings.state_dir}"]
+    lines += [f"temp-dir   {settings.temp_dir or settings.state_dir}"]
+    for name, disk in settings.disk.items():
+        lines.append(f"disk       {name}: {disk.path}, raw, clusters of {format_size(disk.cluster_size)}")
+    return "\n".join(lines)
+
+
+def _address(address: TcpAddress) -> str:
+    return f"{address} (any free port)" if not address.port else str(address)

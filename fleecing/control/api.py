@@ -1,0 +1,173 @@
+"""The control API: HTTP/1.1 and JSON on a Unix socket.
+
+Handlers run in the loop's thread. Whatever may wait for the disk, the guest or a reader goes to a worker thread.
+A client that hangs up does not stop what it asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Sequence
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+from pydantic import BaseModel, ValidationError
+
+from fleecing.control.config import explain
+from fleecing.control.metrics import CONTENT_TYPE, Metrics
+from fleecing.control.models import (
+    Deleted,
+    DiskList,
+    MapPage,
+    SnapshotInfo,
+    SnapshotList,
+    SnapshotRequest,
+    Status,
+)
+from fleecing.control.openapi import Parameter, Route, document
+from fleecing.control.report import Reporter
+from fleecing.errors import ControlError, FleecingError
+
+log = logging.getLogger(__name__)
+
+MAX_BODY = 1 << 20
+"""Bytes of the longest request body."""
+
+MAX_MAP_RUNS = 100_000
+"""Runs that one answer of a map holds, about: some MiB of JSON."""
+
+_SNAPSHOT = "/v1/snapshots/{disk}@{name}"
+_MAP_QUERY = (
+    Parameter("offset", "bytes; where to start, 0 if not given"),
+    Parameter("limit", f"about how many runs to answer, at most {MAX_MAP_RUNS}"),
+)
+
+
+def make_app(reporter: Reporter) -> web.Application:
+    """The application that serves this reporter's manager."""
+    app = web.Application(middlewares=[_errors_as_json], client_max_size=MAX_BODY)
+    api = _Api(reporter)
+    for route in api.routes:
+        pattern = route.path.replace("{disk}@{name}", "{disk:[^/@]+}@{name:[^/]+}")
+        app.router.add_route(route.method, pattern, route.handler)
+    return app
+
+
+class _Api:
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._manager = reporter.manager
+        self._metrics = Metrics(reporter)
+        self.routes: Sequence[Route] = (
+            Route("GET", "/v1/status", self.status, "The server at this moment", Status),
+            Route("GET", "/v1/disks", self.disks, "All disks", DiskList),
+            Route("GET", "/v1/snapshots", self.snapshots, "All snapshots", SnapshotList),
+            Route(
+                "POST",
+                "/v1/snapshots",
+                self.create,
+                "Freeze one or several disks at the same instant",
+                SnapshotList,
+                body=SnapshotRequest,
+                status=201,
+                problems=(400, 404, 409, 503, 507),
+            ),
+            Route("GET", _SNAPSHOT, self.show, "One snapshot", SnapshotInfo, problems=(404,)),
+            Route(
+                "DELETE",
+                _SNAPSHOT,
+                self.delete,
+                "Make an end of a snapshot; answers when its temp space is free, and can be repeated",
+                Deleted,
+                problems=(404, 503),
+            ),
+            Route(
+                "GET",
+                f"{_SNAPSHOT}/map",
+                self.map,
+                "Runs of cluster states, in pages",
+                MapPage,
+                query=_MAP_QUERY,
+                problems=(400, 404, 409),
+            ),
+            Route("GET", "/metrics", self.metrics, "Figures for Prometheus", None, content_type="text/plain"),
+            Route("GET", "/openapi.json", self.openapi, "This document", None),
+        )
+
+    async def status(self, request: web.Request) -> web.Response:
+        return _answer(await asyncio.to_thread(self._reporter.status))
+
+    async def disks(self, request: web.Request) -> web.Response:
+        return _answer(DiskList(disks=await asyncio.to_thread(self._reporter.disks)))
+
+    async def snapshots(self, request: web.Request) -> web.Response:
+        return _answer(SnapshotList(snapshots=await asyncio.to_thread(self._reporter.snapshots)))
+
+    async def create(self, request: web.Request) -> web.Response:
+        try:
+            wanted = SnapshotRequest.model_validate_json(await request.read())
+        except ValidationError as e:
+            raise ControlError(400, explain(e)) from None
+        made = await asyncio.to_thread(self._manager.create, wanted)
+        answer = SnapshotList(snapshots=await asyncio.to_thread(self._reporter.snapshots, made))
+        return _answer(answer, status=201)
+
+    async def show(self, request: web.Request) -> web.Response:
+        return _answer(await asyncio.to_thread(self._reporter.snapshot, *_which(request)))
+
+    async def delete(self, request: web.Request) -> web.Response:
+        disk, name = _which(request)
+        deleted = await asyncio.to_thread(self._manager.delete, disk, name)
+        return _answer(Deleted(disk=disk, name=name, deleted=deleted))
+
+    async def map(self, request: web.Request) -> web.Response:
+        offset = _number(request, "offset", 0)
+        limit = min(max(_number(request, "limit", MAX_MAP_RUNS), 1), MAX_MAP_RUNS)
+        return _answer(await asyncio.to_thread(self._reporter.map_page, *_which(request), offset, limit))
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        return web.Response(body=await asyncio.to_thread(self._metrics.text), headers={"Content-Type": CONTENT_TYPE})
+
+    async def openapi(self, request: web.Request) -> web.Response:
+        return web.json_response(document(self.routes))
+
+
+def _answer(model: BaseModel, status: int = 200) -> web.Response:
+    return web.Response(text=model.model_dump_json() + "\n", status=status, content_type="application/json")
+
+
+def _which(request: web.Request) -> tuple[str, str]:
+    return request.match_info["disk"], request.match_info["name"]
+
+
+def _number(request: web.Request, name: str, default: int) -> int:
+    text = request.query.get(name, str(default))
+    if not (text.isascii() and text.isdecimal() and len(text) < 20):
+        raise ControlError(400, f"{name}={text[:40]} is no whole number of 0 or more")
+    return int(text)
+
+
+@web.middleware
+async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """The one place where an error becomes a status and {"error": sentence}."""
+    try:
+        return await handler(request)
+    except ControlError as e:
+        return _problem(e.status, e.text)
+    except web.HTTPException as e:
+        text = f"{request.method} {request.path} is not possible: {e.reason}; /openapi.json shows what is"
+        return _problem(e.status, text, allow=e.headers.get("Allow"))
+    except (FleecingError, OSError) as e:
+        log.error("%s %s: %s", request.method, request.path, e)
+        return _problem(500, str(e))
+    except Exception:
+        log.exception("%s %s ended in an error that nobody expected", request.method, request.path)
+        return _problem(500, "internal error: the server's log has the details")
+
+
+def _problem(status: int, text: str, *, allow: str | None = None) -> web.Response:
+    headers = {"Allow": allow} if allow else None
+    body = json.dumps({"error": text}) + "\n"
+    return web.Response(text=body, status=status, content_type="application/json", headers=headers)

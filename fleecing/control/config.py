@@ -1,0 +1,175 @@
+"""What a server is told at its start: a TOML file, or the same settings from the command line.
+
+listen = ["127.0.0.1:10809"]            # none of the two: 127.0.0.1:10809 and nbd.sock in the runtime folder
+unix = ["/run/fleecing/nbd.sock"]
+control = "/run/fleecing/control.sock"
+state-dir = "/var/lib/fleecing"
+temp-dir = "/var/tmp/fleecing"          # none: temp files lie in the state folder
+drain-seconds = 10                      # how long requests in flight may take when the server stops
+
+[disk.vda]
+path = "/srv/vda.img"                   # relative paths start at the folder of this file
+format = "raw"
+cluster-size = "64K"
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from fleecing.control.fields import DEFAULT_CLUSTER, ClusterSize, Name
+from fleecing.control.paths import default_control_path, default_state_dir, default_unix_path
+from fleecing.control.sockets import check_socket_path
+from fleecing.errors import ConfigError
+
+DEFAULT_PORT = 10809
+
+_PLAIN = {"missing": "is missing", "extra_forbidden": "is no known setting", "too_short": "there must be at least one"}
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        alias_generator=lambda field: field.replace("_", "-"),
+        populate_by_name=True,
+    )
+
+
+class TcpAddress(_Settings):
+    """Where to listen: a host name or address, and a port (0 = any free one)."""
+
+    host: str
+    port: int = Field(default=DEFAULT_PORT, ge=0, le=65535)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """HOST:PORT, HOST, [ADDRESS]:PORT or [ADDRESS]. Raises ValueError."""
+        wrong = f"'{text}' is no HOST:PORT, as in 127.0.0.1:10809 or [::1]:10809; port 0 takes any free one"
+        if text.startswith("["):
+            host, bracket, rest = text[1:].partition("]")
+            if not bracket or (rest and not rest.startswith(":")):
+                raise ValueError(wrong)
+            port = rest[1:] if rest else str(DEFAULT_PORT)
+        else:
+            host, colon, port = text.partition(":")
+            port = port if colon else str(DEFAULT_PORT)
+        if not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
+            raise ValueError(wrong)
+        return cls(host=host, port=int(port))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def _address(value: object) -> object:
+    return TcpAddress.parse(value) if isinstance(value, str) else value
+
+
+def _check_format(value: str) -> str:
+    if value != "raw":
+        raise ValueError(
+            f"format '{value}' is not served in this release, only raw: "
+            "convert the image, for instance with `qemu-img convert -O raw IMAGE IMAGE.raw`"
+        )
+    return value
+
+
+Address = Annotated[TcpAddress, BeforeValidator(_address, json_schema_input_type=str)]
+SocketPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.abspath), AfterValidator(check_socket_path)]
+AbsolutePath = Annotated[str, Field(min_length=1), AfterValidator(os.path.abspath)]
+ImageFormat = Annotated[str, AfterValidator(_check_format)]
+
+
+class DiskSettings(_Settings):
+    """One disk: its image, and the cluster size of its snapshots (bytes)."""
+
+    path: AbsolutePath
+    format: ImageFormat | None = None
+    cluster_size: ClusterSize = DEFAULT_CLUSTER
+
+
+class ServerSettings(_Settings):
+    """All of a server's settings, complete: defaults are filled in."""
+
+    listen: tuple[Address, ...] = ()
+    unix: tuple[SocketPath, ...] = ()
+    control: SocketPath = Field(default_factory=default_control_path, validate_default=True)
+    state_dir: AbsolutePath = Field(default_factory=default_state_dir)
+    temp_dir: AbsolutePath | None = None
+    drain_seconds: float = Field(default=10.0, ge=0, le=3600)
+    disk: dict[Name, DiskSettings] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_listeners(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("listen") and not data.get("unix"):
+            return {**data, "listen": [f"127.0.0.1:{DEFAULT_PORT}"], "unix": [default_unix_path()]}
+        return data
+
+    @model_validator(mode="after")
+    def _each_image_and_socket_once(self) -> Self:
+        images: dict[str, str] = {}
+        for name, disk in self.disk.items():
+            other = images.setdefault(os.path.realpath(disk.path), name)
+            if other != name:
+                raise ValueError(f"disks '{other}' and '{name}' are the same image {disk.path}: name it once")
+        sockets = [*self.unix, self.control]
+        if len(set(sockets)) < len(sockets):
+            raise ValueError("a socket path is named twice: every listener and the control socket needs its own")
+        return self
+
+
+def make_settings(values: dict[str, Any], source: str) -> ServerSettings:
+    """Settings from plain values. Raises ConfigError, one sentence, beginning with `source`."""
+    try:
+        return ServerSettings.model_validate(values)
+    except ValidationError as e:
+        raise ConfigError(f"{source}: {explain(e)}") from None
+
+
+def read_config(path: str, changes: dict[str, Any] | None = None) -> ServerSettings:
+    """The settings of a TOML file; `changes` replace its top-level entries. Raises ConfigError.
+
+    Relative paths in the file start at the file's folder, those in `changes` at the current one.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"configuration {path} cannot be read: {e.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"configuration {path} is no TOML: {e}") from None
+    _root_paths(values, os.path.dirname(os.path.abspath(path)))
+    return make_settings(values | (changes or {}), f"configuration {path}")
+
+
+def _root_paths(values: dict[str, Any], folder: str) -> None:
+    """Make the relative paths of the file absolute, in place. What is no text is left for the validation to refuse."""
+
+    def rooted(value: Any) -> Any:
+        return os.path.join(folder, value) if isinstance(value, str) and value else value
+
+    for key in ("control", "state-dir", "temp-dir"):
+        if key in values:
+            values[key] = rooted(values[key])
+    if isinstance(values.get("unix"), list):
+        values["unix"] = [rooted(path) for path in values["unix"]]
+    if isinstance(values.get("disk"), dict):
+        for disk in values["disk"].values():
+            if isinstance(disk, dict) and "path" in disk:
+                disk["path"] = rooted(disk["path"])
+
+
+def explain(error: ValidationError) -> str:
+    """All that is wrong, as "where: what; where: what"."""
+    problems = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"] if part != "[key]")
+        what = _PLAIN.get(item["type"], item["msg"].removeprefix("Value error, "))
+        problems.append(f"{where}: {what}" if where else what)
+    return "; ".join(problems)

@@ -1,0 +1,77 @@
+"""The life of the server process, from the first lock to the last flush."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+
+import uvloop
+from aiohttp import web
+
+from fleecing.control.addresses import Addresses, paste_lines
+from fleecing.control.api import make_app
+from fleecing.control.config import ServerSettings
+from fleecing.control.manager import Manager
+from fleecing.control.report import Reporter
+from fleecing.control.sockets import bind_tcp, bind_unix, remove_socket
+from fleecing.server.listener import NbdServer
+
+log = logging.getLogger(__name__)
+
+READY = "Ready. Ctrl-C or SIGTERM stops the server."
+"""The last line that is announced: all listeners answer from here on."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def run(settings: ServerSettings, *, program: str, announce: Callable[[str], None]) -> None:
+    """Serve until a signal comes, then drain.
+
+    `announce` gets the lines to paste once, when everything listens; `program` is what starts this program in a shell.
+    Raises ConfigError where the server cannot start; then nothing of it is left.
+    """
+    uvloop.run(_serve(settings, program, announce))
+
+
+async def _serve(settings: ServerSettings, program: str, announce: Callable[[str], None]) -> None:
+    stop = asyncio.Event()
+    for number in _SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with AsyncExitStack() as life:
+        manager = await asyncio.to_thread(Manager, settings)
+        life.push_async_callback(asyncio.to_thread, manager.close)
+        server = NbdServer(manager)
+        life.push_async_callback(server.close, settings.drain_seconds)
+        addresses = _listen(settings, server, life)
+        await _start_control(settings, Reporter(manager, server, addresses), life)
+        announce("\n".join([*paste_lines(list(manager.disks), addresses, program), READY]))
+        await stop.wait()
+        log.info("stopping: requests in flight have %g s to end", settings.drain_seconds)
+    log.info("stopped")
+
+
+def _listen(settings: ServerSettings, server: NbdServer, life: AsyncExitStack) -> Addresses:
+    tcp = []
+    for address in settings.listen:
+        for listener in bind_tcp(address.host, address.port):
+            server.add_listener(listener)
+            tcp.append(listener.getsockname()[:2])
+    for path in settings.unix:
+        server.add_listener(bind_unix(path))
+        life.callback(remove_socket, path)
+    addresses = Addresses(tuple(tcp), settings.unix, settings.control)
+    log.info("NBD on %s", " and ".join(addresses.listeners()))
+    return addresses
+
+
+async def _start_control(settings: ServerSettings, reporter: Reporter, life: AsyncExitStack) -> None:
+    listener = bind_unix(settings.control)
+    life.callback(remove_socket, settings.control)
+    runner = web.AppRunner(make_app(reporter), access_log=None, shutdown_timeout=settings.drain_seconds)
+    await runner.setup()
+    life.push_async_callback(runner.cleanup)
+    await web.SockSite(runner, listener).start()
+    log.info("control socket %s", settings.control)

@@ -1,0 +1,163 @@
+"""What there is to tell of disks, snapshots and clients, as the API's models."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from datetime import datetime
+
+import fleecing
+from fleecing.block.extent import ClusterState
+from fleecing.control.addresses import Addresses
+from fleecing.control.manager import Disk, Manager, Snapshot
+from fleecing.control.models import (
+    ClientInfo,
+    ClusterCounts,
+    DiskInfo,
+    MapPage,
+    MapRun,
+    SnapshotInfo,
+    SnapshotState,
+    Status,
+    TempInfo,
+)
+from fleecing.errors import ControlError, ImageError, SnapshotBroken
+from fleecing.server.listener import NbdServer
+
+MAP_WINDOW = 1 << 16
+"""Clusters looked at in one go for a map: what bounds the memory of one step."""
+
+STATE_NAMES = {state: state.name.lower() for state in ClusterState}
+
+
+class Reporter:
+    """Reads the manager, the NBD server and its addresses; changes nothing."""
+
+    def __init__(self, manager: Manager, server: NbdServer, addresses: Addresses) -> None:
+        self.manager = manager
+        self.server = server
+        self.addresses = addresses
+        self._started = datetime.now().astimezone()
+
+    def status(self) -> Status:
+        """All of the server at this moment."""
+        return Status(
+            version=fleecing.__version__,
+            pid=os.getpid(),
+            started=self._started,
+            listeners=self.addresses.listeners(),
+            control=self.addresses.control,
+            disks=self.disks(),
+            snapshots=self.snapshots(),
+            clients=self.clients(),
+        )
+
+    def disks(self) -> list[DiskInfo]:
+        users = self._users()
+        return [self._disk(disk, users[disk.name]) for disk in self.manager.disks.values()]
+
+    def snapshots(self, which: Iterable[Snapshot] | None = None) -> list[SnapshotInfo]:
+        """All snapshots, or the given ones."""
+        users = self._users()
+        chosen = self.manager.snapshots() if which is None else which
+        return [self._snapshot(snapshot, users[snapshot.export.name]) for snapshot in chosen]
+
+    def snapshot(self, disk: str, name: str) -> SnapshotInfo:
+        """Raises ControlError where there is none of that name."""
+        return self.snapshots([self.manager.snapshot(disk, name)])[0]
+
+    def clients(self) -> list[ClientInfo]:
+        return [
+            ClientInfo(
+                peer=c.peer,
+                export=c.export_name,
+                requests=c.requests,
+                bytes_read=c.bytes_read,
+                bytes_written=c.bytes_written,
+            )
+            for c in self.server.connections
+        ]
+
+    def _users(self) -> Counter[str]:
+        return Counter(c.export_name for c in self.server.connections)
+
+    def _disk(self, disk: Disk, clients: int) -> DiskInfo:
+        problem = None
+        try:
+            disk.node.file.check_size()
+        except (ImageError, OSError) as e:
+            problem = str(e)
+        folder = disk.folder.temp_location()
+        space = os.statvfs(folder)
+        return DiskInfo(
+            name=disk.name,
+            path=disk.node.file.path,
+            format="raw",
+            size=disk.node.size,
+            cluster_size=disk.settings.cluster_size,
+            problem=problem,
+            snapshots=[snapshot.name for snapshot in self.manager.snapshots(disk.name)],
+            clients=clients,
+            temp_folder=folder,
+            temp_free=space.f_bavail * space.f_frsize,
+            uris=self.addresses.uris(disk.name),
+        )
+
+    def _snapshot(self, snapshot: Snapshot, clients: int) -> SnapshotInfo:
+        node = snapshot.node
+        counts = node.counts()
+        return SnapshotInfo(
+            disk=snapshot.disk.name,
+            name=snapshot.name,
+            export=snapshot.export.name,
+            state=_state(snapshot),
+            broken=node.broken,
+            created=snapshot.created,
+            size=node.size,
+            cluster_size=node.cluster_size,
+            clusters=ClusterCounts(**{STATE_NAMES[state]: count for state, count in counts.items()}),
+            copied_total=node.clusters_copied_total,
+            temp=TempInfo(path=node.temp_path, used=node.temp_used(), peak=node.temp_peak(), limit=node.temp_limit),
+            on_cbw_error=snapshot.request.on_cbw_error,
+            cbw_timeout=snapshot.request.cbw_timeout,
+            clients=clients,
+            uris=self.addresses.uris(snapshot.export.name),
+        )
+
+    def map_page(self, disk: str, name: str, offset: int, limit: int) -> MapPage:
+        """Up to `limit` runs (and one window's more) from `offset` on, rounded down to a cluster.
+
+        Raises ControlError for a snapshot that is not there or broken, and an offset beyond its end.
+        """
+        snapshot = self.manager.snapshot(disk, name)
+        node = snapshot.node
+        if not 0 <= offset < node.size:
+            raise ControlError(400, f"offset {offset} is outside of the {node.size} bytes of {snapshot.export.name}")
+        position = offset - offset % node.cluster_size
+        runs: list[MapRun] = []
+        try:
+            while position < node.size and len(runs) < limit:
+                window = min(MAP_WINDOW * node.cluster_size, node.size - position)
+                for length, state in node.cluster_state(position, window):
+                    if runs and runs[-1].state == STATE_NAMES[ClusterState(state)]:
+                        runs[-1].length += length
+                    else:
+                        runs.append(MapRun(offset=position, length=length, state=STATE_NAMES[ClusterState(state)]))
+                    position += length
+        except SnapshotBroken as e:
+            raise ControlError(409, f"{snapshot.export.name} has no map any more: {e}") from None
+        return MapPage(
+            disk=disk,
+            name=name,
+            size=node.size,
+            cluster_size=node.cluster_size,
+            runs=runs,
+            next=position if position < node.size else None,
+        )
+
+
+def _state(snapshot: Snapshot) -> SnapshotState:
+    if snapshot.deleting:
+        return SnapshotState.DELETING
+    return SnapshotState.READY if snapshot.node.broken is None else SnapshotState.BROKEN

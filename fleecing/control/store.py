@@ -1,0 +1,120 @@
+"""A disk's folder below the state folder, and where the temp files of its snapshots lie.
+
+    STATE/DISK/                         locked (flock on the folder itself) by the one server that uses it
+      snapshots/NAME/temp.qcow2         the temp file, or with a temp folder a link to
+    TEMP/DISK@NAME-RANDOM.qcow2
+
+The link is made before the file: whatever a killed server leaves behind is found from the state folder alone, also when
+the next server has another temp folder. Only files that this module knows by name are ever removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+
+from fleecing.control.names import check_name
+from fleecing.control.paths import make_folder
+from fleecing.errors import ConfigError
+
+TEMP_NAME = "temp.qcow2"
+
+# Host file names have at most 255 bytes: both names of 128 would not fit
+_NAME_PART = 64
+
+
+class DiskFolder:
+    """STATE/DISK, held for as long as the server runs."""
+
+    def __init__(self, state_dir: str, disk: str, temp_dir: str | None) -> None:
+        """Make and lock it. Raises ConfigError where it cannot be made or written, or another server holds it."""
+        self.disk = disk
+        self.path = os.path.join(state_dir, disk)
+        self.snapshots = os.path.join(self.path, "snapshots")
+        self.temp_dir = temp_dir
+        make_folder(self.snapshots, "state folder")
+        if temp_dir is not None:
+            make_folder(temp_dir, "temp folder")
+        self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise ConfigError(
+                f"state folder {self.path} is in use by another server: "
+                f"give the disk another name than '{disk}', or another --state-dir"
+            ) from None
+
+    def close(self) -> None:
+        """Let the next server have it; twice does no harm."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def temp_location(self) -> str:
+        """The folder whose free space the temp files use."""
+        return self.temp_dir or self.snapshots
+
+    def add_snapshot(self, name: str) -> str:
+        """Make the snapshot's folder; returns the path where its temp file may be made. Raises OSError."""
+        folder = os.path.join(self.snapshots, name)
+        os.mkdir(folder, 0o700)
+        path = os.path.join(folder, TEMP_NAME)
+        if self.temp_dir is None:
+            return path
+        file_name = f"{self.disk[:_NAME_PART]}@{name[:_NAME_PART]}-{secrets.token_hex(4)}.qcow2"
+        target = os.path.join(os.path.abspath(self.temp_dir), file_name)
+        try:
+            os.symlink(target, path)
+        except OSError:
+            os.rmdir(folder)
+            raise
+        return target
+
+    def remove_snapshot(self, name: str) -> int:
+        """Take the snapshot's folder and temp file away; returns the bytes of disk space that this freed.
+
+        What is gone already is no error. Raises OSError where something cannot be removed.
+        """
+        folder = os.path.join(self.snapshots, name)
+        path = os.path.join(folder, TEMP_NAME)
+        freed = 0
+        try:
+            if os.path.islink(path):
+                freed = _unlink_regular(os.readlink(path))
+                os.unlink(path)
+            else:
+                freed = _unlink_regular(path)
+            os.rmdir(folder)
+        except FileNotFoundError:
+            pass
+        except OSError as e:
+            if e.errno != errno.ENOTEMPTY:
+                raise
+        return freed
+
+    def leftovers(self) -> Iterator[str]:
+        """Names of the snapshots that an earlier server left behind; folders with foreign names are not ours."""
+        for entry in sorted(os.scandir(self.snapshots), key=lambda entry: entry.name):
+            if not entry.is_dir(follow_symlinks=False):
+                continue
+            try:
+                yield check_name(entry.name)
+            except ValueError:
+                continue
+
+
+def _unlink_regular(path: str) -> int:
+    """Remove a regular file; returns the bytes of disk space it took. Anything else stays, missing is no error."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return 0
+    if not stat.S_ISREG(status.st_mode):
+        return 0
+    os.unlink(path)
+    return status.st_blocks * 512
