@@ -1,0 +1,175 @@
+"""Servers for the client's tests: the real ones, and one that follows a script.
+
+The test listens on the socket itself and hands it over, so a connection waits in its queue until the server is up.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+
+from fleecing.nbd.constants import BASE_ALLOCATION, TransmissionFlag
+from fleecing.nbd.handshake import Agreement, ExportInfo, ServerHandshake
+from fleecing.nbd.uri import NbdUri
+
+MIB = 1 << 20
+TIMEOUT = 20.0
+"""Seconds; far above what any of these servers needs."""
+
+_ACTIVATE = 'exec 3<&0 </dev/null; export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@"'
+
+
+def _listen(folder: Path, name: str) -> tuple[socket.socket, NbdUri]:
+    path = str(folder / name)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(path)
+    listener.listen()
+    return listener, NbdUri(socket=path)
+
+
+@contextmanager
+def _running(command: Sequence[str], stdin: socket.socket) -> Iterator[None]:
+    process = subprocess.Popen(command, stdin=stdin.fileno(), stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def activate(listener: socket.socket, *command: str) -> AbstractContextManager[None]:
+    """A server that takes its listening socket by socket activation, as nbdkit and qemu-nbd do."""
+    return _running(["sh", "-c", _ACTIVATE, "sh", *command], listener)
+
+
+@contextmanager
+def activated(folder: Path, *command: str) -> Iterator[NbdUri]:
+    """The same, on a Unix socket in `folder`."""
+    listener, uri = _listen(folder, "peer.sock")
+    with listener, activate(listener, *command):
+        yield uri
+
+
+def nbdkit(folder: Path, *arguments: str) -> AbstractContextManager[NbdUri]:
+    return activated(folder, "nbdkit", "-f", *arguments)
+
+
+@contextmanager
+def nbd_server(folder: Path, image: Path) -> Iterator[NbdUri]:
+    """nbd-server as inetd would start it: a process for each connection."""
+    ended = threading.Event()
+
+    def serve(sock: socket.socket) -> None:
+        with _running(["nbd-server", "0", str(image), "-C", "/dev/null", "-d"], sock):
+            ended.wait(TIMEOUT)
+
+    with served(folder, serve) as uri:
+        try:
+            yield uri
+        finally:
+            ended.set()
+
+
+Script = Callable[[socket.socket, Agreement], None]
+
+FLAGS = (
+    TransmissionFlag.HAS_FLAGS
+    | TransmissionFlag.SEND_FLUSH
+    | TransmissionFlag.SEND_TRIM
+    | TransmissionFlag.SEND_WRITE_ZEROES
+    | TransmissionFlag.CAN_MULTI_CONN
+)
+
+
+class _Catalog:
+    def __init__(self, flags: TransmissionFlag, contexts: tuple[str, ...]) -> None:
+        self._info = ExportInfo("", "scripted", 64 * MIB, flags, 1, 65536, 32 * MIB, contexts)
+
+    def names(self) -> list[tuple[str, str]]:
+        return [("", "scripted")]
+
+    def find(self, name: str) -> ExportInfo | None:
+        return self._info if name == "" else None
+
+
+def shake_hands(sock: socket.socket, flags: TransmissionFlag, contexts: tuple[str, ...]) -> Agreement:
+    """Our own server's handshake, run to the transmission phase."""
+    handshake = ServerHandshake(_Catalog(flags, contexts))
+    sock.sendall(handshake.data_to_send())
+    while handshake.agreement is None:
+        data = sock.recv(65536)
+        if not data:
+            raise ConnectionError("the client hung up")
+        handshake.receive(data)
+        sock.sendall(handshake.data_to_send())
+    assert not handshake.leftover
+    return handshake.agreement
+
+
+@contextmanager
+def served(folder: Path, serve: Callable[[socket.socket], None]) -> Iterator[NbdUri]:
+    """A server that runs `serve` in a thread for each connection and hangs up when it returns or meets an OSError."""
+    listener, uri = _listen(folder, "scripted.sock")
+    accepted: list[socket.socket] = []
+    threads: list[threading.Thread] = []
+
+    def run(sock: socket.socket) -> None:
+        try:
+            serve(sock)
+        except OSError:
+            pass  # the client hung up, which is what many of the scripts provoke
+        sock.close()
+
+    def accept() -> None:
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return
+            accepted.append(sock)
+            threads.append(threading.Thread(target=run, args=(sock,)))
+            threads[-1].start()
+
+    acceptor = threading.Thread(target=accept)
+    acceptor.start()
+    try:
+        yield uri
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        acceptor.join(TIMEOUT)
+        listener.close()
+        for sock in accepted:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join(TIMEOUT)
+
+
+def scripted(
+    folder: Path, script: Script, *, flags: TransmissionFlag = FLAGS, contexts: tuple[str, ...] = (BASE_ALLOCATION,)
+) -> AbstractContextManager[NbdUri]:
+    """A server of 64 MiB whose transmission phase is `script`."""
+
+    def serve(sock: socket.socket) -> None:
+        script(sock, shake_hands(sock, flags, contexts))
+
+    return served(folder, serve)
+
+
+def take(sock: socket.socket, count: int) -> bytes:
+    """Exactly so many bytes from the client."""
+    data = b""
+    while len(data) < count:
+        piece = sock.recv(count - len(data))
+        if not piece:
+            raise ConnectionError("the client hung up")
+        data += piece
+    return data
