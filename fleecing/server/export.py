@@ -29,7 +29,8 @@ _BOTH = (
     | TransmissionFlag.CAN_MULTI_CONN
 )
 _ACTIVE = _BOTH | TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
-_SNAPSHOT = _BOTH | TransmissionFlag.READ_ONLY
+_SNAPSHOT = _BOTH
+"""Not READ_ONLY: clients (libnbd, QEMU) send no TRIM to an export that says so. Writes are answered with EPERM."""
 
 
 class Export:
