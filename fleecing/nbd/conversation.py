@@ -109,6 +109,8 @@ class Conversation(ABC):
             next(self._script)
         except StopIteration:
             self._finished = True
+            if self.closing:
+                self._incoming.clear()  # whatever came behind the end is nobody's
         except FleecingError as error:
             self._fail(error)
 

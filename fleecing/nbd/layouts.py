@@ -19,7 +19,6 @@ from construct import (
     Int16ub,
     Int32ub,
     Int64ub,
-    Padding,
     Prefixed,
     PrefixedArray,
     Rebuild,
@@ -52,7 +51,7 @@ EXPORT_NAME_ANSWER: Final = Struct(
 EXPORT_NAME_ANSWER_WITH_ZEROES: Final = Struct(
     "size" / Int64ub,
     "transmission_flags" / Int16ub,
-    Padding(c.ZERO_PADDING, strict=True),
+    Const(bytes(c.ZERO_PADDING)),
 )
 
 # "Fixed newstyle negotiation"
