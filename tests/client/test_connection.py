@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import socket
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +14,8 @@ from fleecing.errors import RequestError
 from fleecing.nbd.client_handshake import ExportRefused
 from fleecing.nbd.constants import BASE_ALLOCATION, NbdError, ReplyMode, TransmissionFlag
 from fleecing.nbd.uri import NbdUri
-from tests.client.peers import MIB, activate, activated, nbd_server, nbdkit
+from tests.client.servers import MIB, activated, nbd_server, nbdkit
+from tests.peers import Children, listen_tcp, port_of, run
 
 PEERS = ["nbdkit", "qemu-nbd raw", "qemu-nbd qcow2", "nbd-server"]
 TIMEOUT = 20.0
@@ -33,7 +32,7 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[NbdUri]:
         server = nbd_server(tmp_path, image)
     else:
         form = request.param.split()[1]
-        subprocess.run(["qemu-img", "create", "-q", "-f", form, image, "16M"], check=True)
+        run("qemu-img", "create", "-q", "-f", form, str(image), "16M")
         server = activated(tmp_path, "qemu-nbd", "-t", "-f", form, "-x", "", "--discard=unmap", str(image))
     with server as uri:
         yield uri
@@ -116,8 +115,8 @@ def test_requests_can_be_awaited_in_any_order(connection: Connection) -> None:
 
 def test_block_status_covers_data_and_holes(tmp_path: Path) -> None:
     image = tmp_path / "disk.qcow2"
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "16M"], check=True)
-    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write 1M 2M", str(image)], check=True, stdout=subprocess.DEVNULL)
+    run("qemu-img", "create", "-q", "-f", "qcow2", str(image), "16M")
+    run("qemu-io", "-f", "qcow2", "-c", "write 1M 2M", str(image))
     contexts = [BASE_ALLOCATION, "qemu:allocation-depth", "nobody:knows"]
     command = ["qemu-nbd", "-t", "-f", "qcow2", "-x", "", "-A", str(image)]
     with activated(tmp_path, *command) as uri, connect(uri, contexts=contexts, timeout=TIMEOUT) as connection:
@@ -231,9 +230,10 @@ def test_a_closed_connection_says_so(tmp_path: Path) -> None:
             connection.next_finished()
 
 
-def test_tcp_works_as_well() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener, activate(listener, "nbdkit", "-f", "memory", "16M"):
-        uri = NbdUri(host="127.0.0.1", port=listener.getsockname()[1])
-        with connect(uri, timeout=TIMEOUT) as connection:
-            connection.write(0, b"over TCP")
-            assert connection.read(0, 8) == b"over TCP"
+def test_tcp_works_as_well(children: Children) -> None:
+    listener = listen_tcp()
+    uri = NbdUri(host="127.0.0.1", port=port_of(listener))
+    children.start("nbdkit", "-f", "memory", "16M", activate=listener)
+    with connect(uri, timeout=TIMEOUT) as connection:
+        connection.write(0, b"over TCP")
+        assert connection.read(0, 8) == b"over TCP"

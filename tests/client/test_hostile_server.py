@@ -18,7 +18,7 @@ from fleecing.nbd.constants import BASE_ALLOCATION, IHAVEOPT, NBDMAGIC, NbdError
 from fleecing.nbd.handshake import Agreement
 from fleecing.nbd.options import GREETING
 from fleecing.nbd.transmission import CHUNK, EXTENDED_REQUEST, data_header, done_reply, error_reply
-from tests.client.peers import FLAGS, MIB, Script, scripted, served, take
+from tests.client.servers import FLAGS, MIB, Script, scripted, served, take
 
 TIMEOUT = 20.0
 SHORT = 0.3

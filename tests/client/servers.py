@@ -1,61 +1,30 @@
-"""Servers for the client's tests: the real ones, and one that follows a script.
-
-The test listens on the socket itself and hands it over, so a connection waits in its queue until the server is up.
-"""
+"""Servers for the client's tests: the real ones on a Unix socket, and one that follows a script."""
 
 from __future__ import annotations
 
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from fleecing.nbd.constants import BASE_ALLOCATION, TransmissionFlag
 from fleecing.nbd.handshake import Agreement, ExportInfo, ServerHandshake
 from fleecing.nbd.uri import NbdUri
+from tests.peers import Child, listen_unix, require
 
 MIB = 1 << 20
 TIMEOUT = 20.0
 """Seconds; far above what any of these servers needs."""
 
-_ACTIVATE = 'exec 3<&0 </dev/null; export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@"'
-
-
-def _listen(folder: Path, name: str) -> tuple[socket.socket, NbdUri]:
-    path = str(folder / name)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(path)
-    listener.listen()
-    return listener, NbdUri(socket=path)
-
-
-@contextmanager
-def _running(command: Sequence[str], stdin: socket.socket) -> Iterator[None]:
-    process = subprocess.Popen(command, stdin=stdin.fileno(), stdout=subprocess.DEVNULL)
-    try:
-        yield
-    finally:
-        process.terminate()
-        try:
-            process.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def activate(listener: socket.socket, *command: str) -> AbstractContextManager[None]:
-    """A server that takes its listening socket by socket activation, as nbdkit and qemu-nbd do."""
-    return _running(["sh", "-c", _ACTIVATE, "sh", *command], listener)
-
 
 @contextmanager
 def activated(folder: Path, *command: str) -> Iterator[NbdUri]:
-    """The same, on a Unix socket in `folder`."""
-    listener, uri = _listen(folder, "peer.sock")
-    with listener, activate(listener, *command):
-        yield uri
+    """A server that takes its listening socket by socket activation, as nbdkit and qemu-nbd do."""
+    path = folder / "peer.sock"
+    with Child(command, folder, activate=listen_unix(path)):
+        yield NbdUri(socket=str(path))
 
 
 def nbdkit(folder: Path, *arguments: str) -> AbstractContextManager[NbdUri]:
@@ -65,11 +34,13 @@ def nbdkit(folder: Path, *arguments: str) -> AbstractContextManager[NbdUri]:
 @contextmanager
 def nbd_server(folder: Path, image: Path) -> Iterator[NbdUri]:
     """nbd-server as inetd would start it: a process for each connection."""
+    command = [require("nbd-server"), "0", str(image), "-C", "/dev/null", "-d"]
     ended = threading.Event()
 
     def serve(sock: socket.socket) -> None:
-        with _running(["nbd-server", "0", str(image), "-C", "/dev/null", "-d"], sock):
+        with subprocess.Popen(command, stdin=sock.fileno(), stdout=subprocess.DEVNULL) as process:
             ended.wait(TIMEOUT)
+            process.kill()
 
     with served(folder, serve) as uri:
         try:
@@ -117,7 +88,8 @@ def shake_hands(sock: socket.socket, flags: TransmissionFlag, contexts: tuple[st
 @contextmanager
 def served(folder: Path, serve: Callable[[socket.socket], None]) -> Iterator[NbdUri]:
     """A server that runs `serve` in a thread for each connection and hangs up when it returns or meets an OSError."""
-    listener, uri = _listen(folder, "scripted.sock")
+    path = folder / "scripted.sock"
+    listener = listen_unix(path)
     accepted: list[socket.socket] = []
     threads: list[threading.Thread] = []
 
@@ -141,7 +113,7 @@ def served(folder: Path, serve: Callable[[socket.socket], None]) -> Iterator[Nbd
     acceptor = threading.Thread(target=accept)
     acceptor.start()
     try:
-        yield uri
+        yield NbdUri(socket=str(path))
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         acceptor.join(TIMEOUT)
