@@ -24,6 +24,9 @@ import pytest
 from tests.guest.image import guest_image
 from tests.peers import DEADLINE, Child
 
+CPU = "qemu64,+rdrand"
+"""With a random number instruction: without one, mkfs and nbd-client wait seconds for the kernel to collect entropy."""
+
 HOST = "10.0.2.2"
 """The host's 127.0.0.1, seen from the guest."""
 
@@ -52,7 +55,7 @@ class Guest:
         self._commands, inner = socket.socketpair()
         self._pending = b""
         command = [
-            *("qemu-system-x86_64", "-M", "pc", "-accel", "tcg", "-smp", str(cpus), "-m", str(memory)),
+            *("qemu-system-x86_64", "-M", "pc", "-accel", "tcg", "-cpu", CPU, "-smp", str(cpus), "-m", str(memory)),
             *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
             *("-kernel", str(image.kernel), "-initrd", str(image.initramfs)),
             *("-append", "console=ttyS0 quiet panic=-1"),
