@@ -244,6 +244,8 @@ class Connection:
                     sent -= len(parts.pop(0))
                 if sent:
                     parts[0] = memoryview(parts[0])[sent:]
+        except (BrokenPipeError, ConnectionResetError) as e:
+            raise self._hung_up() from e
         except (OSError, FleecingError) as e:
             self._give_up(str(e))
             raise
@@ -258,6 +260,8 @@ class Connection:
                 self._ready(select.POLLIN, deadline)
             elif time.monotonic() > deadline:  # a server that never stops sending meets it too
                 raise self._too_late()
+        except ConnectionResetError as e:
+            raise self._hung_up() from e
         except (OSError, FleecingError) as e:
             self._give_up(str(e))
             raise
@@ -269,8 +273,7 @@ class Connection:
         except BlockingIOError:
             return False
         if not count:
-            waiting = len(self._reader.in_flight)
-            raise ConnectionError(f"{self.peer} closed the connection with {waiting} requests in flight")
+            raise self._hung_up()
         self._reader.received(count)
         return True
 
@@ -282,6 +285,11 @@ class Connection:
         if not ready:
             raise self._too_late()
         return ready[0][1]
+
+    def _hung_up(self) -> ConnectionError:
+        text = f"{self.peer} closed the connection with {len(self._reader.in_flight)} requests in flight"
+        self._give_up(text)
+        return ConnectionError(text)
 
     def _too_late(self) -> TimeoutError:
         return TimeoutError(f"{self.peer} did not answer within {self.timeout:g} s")

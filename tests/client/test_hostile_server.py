@@ -17,7 +17,7 @@ from fleecing.nbd.client_handshake import ExportRefused
 from fleecing.nbd.constants import BASE_ALLOCATION, IHAVEOPT, NBDMAGIC, NbdError, ReplyMode, TransmissionFlag
 from fleecing.nbd.handshake import Agreement
 from fleecing.nbd.options import GREETING
-from fleecing.nbd.transmission import CHUNK, EXTENDED_REQUEST, data_header, done_reply, error_reply
+from fleecing.nbd.transmission import CHUNK, EXTENDED_REQUEST, REQUEST, data_header, done_reply, error_reply
 from tests.client.servers import FLAGS, MIB, Script, scripted, served, take
 
 TIMEOUT = 20.0
@@ -179,6 +179,7 @@ def test_announced_sizes_are_not_believed(tmp_path: Path) -> None:
     """A structured chunk of nearly 4 GiB is refused by its header."""
 
     def script(sock: socket.socket, agreement: Agreement) -> None:
+        take(sock, REQUEST.size)
         sock.sendall(CHUNK.pack(0x668E33EF, 1, 5, 1, (1 << 32) - 4))
         sock.recv(1)
 

@@ -1,0 +1,106 @@
+"""The raw target: sparse, named when it is whole, and nothing left when it is not."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from fleecing.block.hostfile import HostFile
+from fleecing.errors import ImageError
+from fleecing.pull.target import RawTarget
+from fleecing.units import MiB
+
+
+def allocated(path: Path) -> int:
+    return path.stat().st_blocks * 512
+
+
+def test_a_new_file_has_the_data_and_holes_between(tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    target = RawTarget.create(str(path), 64 * MiB + 1)
+    target.write(MiB, b"x" * 4096)
+    target.zero(2 * MiB, 30 * MiB)
+    target.write(64 * MiB, b"e")
+    target.finish()
+    data = path.read_bytes()
+    assert len(data) == 64 * MiB + 1
+    assert (data[MiB : MiB + 4096], data[-1:], data.count(0)) == (b"x" * 4096, b"e", 64 * MiB - 4096)
+    assert allocated(path) < MiB
+
+
+def test_the_name_appears_only_when_all_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    target = RawTarget.create(str(path), MiB)
+    target.write(0, b"x")
+    assert not path.exists()
+    target.finish()
+    assert os.listdir(tmp_path) == ["copy"]
+
+
+def test_an_abandoned_target_leaves_nothing(tmp_path: Path) -> None:
+    target = RawTarget.create(str(tmp_path / "copy"), MiB)
+    target.write(0, b"x")
+    target.abandon()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("taken", ["copy", "copy.part"])
+def test_a_name_that_is_taken_is_refused_and_left_alone(tmp_path: Path, taken: str) -> None:
+    (tmp_path / taken).write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match=taken):
+        RawTarget.create(str(tmp_path / "copy"), MiB)
+    assert os.listdir(tmp_path) == [taken]
+    assert (tmp_path / taken).read_bytes() == b"precious"
+
+
+def test_a_size_that_no_file_can_have_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"copy\.part"):
+        RawTarget.create(str(tmp_path / "copy"), (1 << 63) - 1)
+    assert os.listdir(tmp_path) == []
+
+
+def test_zeroes_in_an_old_file_are_punched(tmp_path: Path) -> None:
+    path = tmp_path / "old"
+    path.write_bytes(b"o" * 4 * MiB)
+    target = RawTarget.overwrite(str(path), 3 * MiB)
+    target.zero(0, 2 * MiB)
+    target.write(2 * MiB, b"n" * MiB)
+    target.finish()
+    assert path.read_bytes() == bytes(2 * MiB) + b"n" * MiB + b"o" * MiB
+    assert allocated(path) <= 2 * MiB + 65536
+
+
+def test_zeroes_are_written_where_nothing_else_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for call in ("punch", "zero_range"):
+        monkeypatch.setattr(HostFile, call, lambda self, offset, length: False)
+    path = tmp_path / "old"
+    path.write_bytes(b"o" * 3 * MiB)
+    target = RawTarget.overwrite(str(path), 3 * MiB)
+    target.zero(1, 2 * MiB + 7)
+    target.finish()
+    assert path.read_bytes() == b"o" + bytes(2 * MiB + 7) + b"o" * (MiB - 8)
+
+
+def test_an_old_file_that_is_too_small_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "old"
+    path.write_bytes(b"o" * 10)
+    with pytest.raises(ImageError, match="has 10 bytes, 11 are needed"):
+        RawTarget.overwrite(str(path), 11)
+
+
+def test_an_old_file_survives_being_abandoned(tmp_path: Path) -> None:
+    path = tmp_path / "old"
+    path.write_bytes(b"o" * 10)
+    RawTarget.overwrite(str(path), 10).abandon()
+    assert path.read_bytes() == b"o" * 10
+
+
+def test_a_full_disk_is_told_with_the_files_name(tmp_path: Path) -> None:
+    target = RawTarget("/dev/full", HostFile("/dev/full", os.open("/dev/full", os.O_WRONLY)), is_new=False)
+    with pytest.raises(OSError, match="/dev/full") as caught:
+        target.write(0, b"x")
+    assert caught.value.errno == errno.ENOSPC
+    target.abandon()
