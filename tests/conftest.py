@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.peers import Children, load_libnbd
+from tests.serving import Serve, Server
 
 # No test asserts a time, and a busy machine is no fault: pytest-timeout catches what hangs.
 settings.register_profile(
@@ -24,6 +25,25 @@ def children(tmp_path: Path) -> Iterator[Children]:
     """Starts real programs beside the test, with their output in tmp_path; ends and reaps them when the test ends."""
     with ExitStack() as stack:
         yield Children(tmp_path, stack)
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Starts the real server: `serve(image, *options)`, or `serve({"vda": image, "vdb": other})`.
+
+    Each one ends with the test, which fails where one does not end well (see Server.stop).
+    """
+    with ExitStack() as stack:
+        started = 0
+
+        def start(images: Path | Mapping[str, Path], *options: str) -> Server:
+            nonlocal started
+            started += 1
+            server = Server(tmp_path / f"server{started}", images, *options)
+            stack.callback(server.stop)
+            return server
+
+        yield start
 
 
 @pytest.fixture(scope="session")
