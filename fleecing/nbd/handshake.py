@@ -75,6 +75,8 @@ class ExportInfo:
     maximum_payload: int
     contexts: tuple[str, ...]
     tls_only: bool = False
+    writable: bool = True
+    """False: WRITE and WRITE_ZEROES are EPERM even where the flags do not say READ_ONLY (see RequestLimits)."""
 
 
 class ExportCatalog(Protocol):
@@ -107,6 +109,7 @@ class Agreement:
             maximum_payload=self.export.maximum_payload,
             contexts=bool(self.contexts),
             minimum_block=self.export.minimum_block,
+            writable=self.export.writable,
         )
 
 

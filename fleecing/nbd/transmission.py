@@ -237,6 +237,8 @@ class RequestLimits:
     contexts: bool
     """Whether meta contexts were selected."""
     minimum_block: int = DEFAULT_MINIMUM_BLOCK
+    writable: bool = True
+    """False answers as READ_ONLY does, without telling the client: clients send no TRIM to an export that tells it."""
 
     # Tables by command, for the hot path: flag bits that are fixed, what they must be, and the longest request.
     fixed: tuple[int, ...] = field(init=False, repr=False)
@@ -305,7 +307,7 @@ def _check_permission(limits: RequestLimits, command: Cmd) -> None:
 
     A snapshot is read-only and yet takes TRIM: it drops what the client has read, and it says so by SEND_TRIM.
     """
-    read_only = TransmissionFlag.READ_ONLY in limits.flags
+    read_only = TransmissionFlag.READ_ONLY in limits.flags or not limits.writable
     if command in (Cmd.WRITE, Cmd.WRITE_ZEROES) and read_only:
         raise RequestError(NbdError.EPERM, f"{command.name} on a read-only export")
     needed = _NEEDED_FLAG.get(command)

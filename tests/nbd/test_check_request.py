@@ -25,6 +25,8 @@ EXTENDED = replace(DISK, mode=ReplyMode.EXTENDED, flags=ALL | T.BLOCK_STATUS_PAY
 SIMPLE = replace(DISK, mode=ReplyMode.SIMPLE, flags=ALL & ~T.SEND_DF, contexts=False)
 SNAPSHOT = replace(DISK, flags=T.HAS_FLAGS | T.READ_ONLY | T.SEND_TRIM | T.SEND_FLUSH | T.SEND_DF)
 READ_ONLY = replace(SNAPSHOT, flags=T.HAS_FLAGS | T.READ_ONLY)
+SILENT = replace(DISK, flags=T.HAS_FLAGS | T.SEND_TRIM, writable=False)
+"""Read-only without telling the client."""
 
 FUA, NO_HOLE, DF = CmdFlag.FUA, CmdFlag.NO_HOLE, CmdFlag.DF
 REQ_ONE, FAST_ZERO, PAYLOAD_LEN = CmdFlag.REQ_ONE, CmdFlag.FAST_ZERO, CmdFlag.PAYLOAD_LEN
@@ -96,7 +98,7 @@ def test_block_status_without_contexts_is_einval() -> None:
 # Read-only
 
 
-@pytest.mark.parametrize("limits", [SNAPSHOT, READ_ONLY])
+@pytest.mark.parametrize("limits", [SNAPSHOT, READ_ONLY, SILENT])
 @pytest.mark.parametrize("command", [Cmd.WRITE, Cmd.WRITE_ZEROES])
 @pytest.mark.parametrize("flags", [0, FUA, FAST_ZERO])
 def test_writing_to_a_read_only_export_is_eperm(limits: RequestLimits, command: Cmd, flags: int) -> None:
@@ -105,6 +107,7 @@ def test_writing_to_a_read_only_export_is_eperm(limits: RequestLimits, command: 
 
 def test_a_snapshot_takes_trim_and_another_read_only_export_does_not() -> None:
     assert accepted(SNAPSHOT, Cmd.TRIM)
+    assert accepted(SILENT, Cmd.TRIM)
     assert refusal(READ_ONLY, Cmd.TRIM)[0] is NbdError.EPERM
 
 
@@ -228,7 +231,7 @@ def test_misaligned_requests_are_einval_where_blocks_are_larger(offset: int, len
 
 
 @given(
-    limits=st.sampled_from([DISK, EXTENDED, SIMPLE, SNAPSHOT, READ_ONLY, replace(DISK, minimum_block=4096)]),
+    limits=st.sampled_from([DISK, EXTENDED, SIMPLE, SNAPSHOT, READ_ONLY, SILENT, replace(DISK, minimum_block=4096)]),
     command=st.integers(0, 9),
     flags=st.sampled_from([0, 0, *CmdFlag, 0x40, FUA | NO_HOLE, PAYLOAD_LEN | FUA]),
     offset=st.sampled_from([0, 1, 4096, SIZE - 4096, SIZE - 1, SIZE, 2**64 - 1]) | st.integers(0, 2**64 - 1),

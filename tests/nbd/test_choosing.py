@@ -223,6 +223,12 @@ def test_fast_zero_is_told_beside_write_zeroes() -> None:
     assert side.agreement is not None and side.agreement.flags == both
 
 
+def test_an_export_may_refuse_writes_without_telling_so() -> None:
+    side, _, _ = haggle(go("vda"), catalog=Catalog(replace(VDA, writable=False)))
+    assert side.agreement is not None
+    assert TransmissionFlag.READ_ONLY not in side.agreement.flags and not side.agreement.limits().writable
+
+
 def test_the_agreement_knows_its_limits() -> None:
     side, _, _ = haggle(
         options.option(Opt.EXTENDED_HEADERS),
