@@ -29,7 +29,7 @@ from fleecing.units import div_up
 
 
 class ClusterMap:
-    """The clusters of one snapshot. `cluster_size` is a power of two; `size` in bytes, the last cluster may be short."""
+    """The clusters of one snapshot. `cluster_size`: a power of two; `size`: bytes; the last cluster may be short."""
 
     def __init__(
         self, size: int, cluster_size: int, *, scope: bitarray | None = None, on_broken: Callable[[str], None]

@@ -16,11 +16,11 @@ import errno
 import threading
 import time
 from collections.abc import Callable, Sequence
-from enum import Enum
+from enum import StrEnum
 from typing import Protocol
 
-from fleecing.block.block_copy import NO_DEADLINE, BlockCopy
 from fleecing.block.bitmap import clusters_touched
+from fleecing.block.block_copy import NO_DEADLINE, BlockCopy
 from fleecing.block.change_pool import Attempt, Change, ChangePool
 from fleecing.block.cluster_map import ClusterMap
 from fleecing.block.extent import MAX_RUNS, Allocation, Runs
@@ -40,7 +40,7 @@ MAX_RANGES = 256
 """Ranges that such a look cuts a change into at most."""
 
 
-class OnCbwError(str, Enum):
+class OnCbwError(StrEnum):
     """What a failed or overdue copy before a guest write ends: QEMU's option of that name."""
 
     BREAK_SNAPSHOT = "break-snapshot"
@@ -86,9 +86,7 @@ class CopyBeforeWrite(Node):
             self._and_wait(lambda done: self.submit_write(offset, data, done))
 
     def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False) -> None:
-        self._and_wait(
-            lambda done: self.submit_zeroes(offset, length, done, may_unmap=may_unmap, fast_only=fast_only)
-        )
+        self._and_wait(lambda done: self.submit_zeroes(offset, length, done, may_unmap=may_unmap, fast_only=fast_only))
 
     def discard(self, offset: int, length: int) -> None:
         self._and_wait(lambda done: self.submit_discard(offset, length, done))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from typing import Self
 
 from fleecing.block.extent import MAX_RUNS, Allocation, Runs, append_run
 from fleecing.block.hostfile import HostFile
@@ -29,7 +30,7 @@ class FileNode(Node):
         self._knows_holes = not host.is_block_device
 
     @classmethod
-    def open(cls, path: str) -> FileNode:
+    def open(cls, path: str) -> Self:
         """Open and lock the image. Raises OSError, or ImageError where it is empty, no image, or served already."""
         host = HostFile.open(path)
         try:

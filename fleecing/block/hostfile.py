@@ -12,6 +12,7 @@ import fcntl
 import os
 import stat
 import struct
+from typing import Self
 
 from fleecing.block.node import Buffer
 from fleecing.errors import ImageError
@@ -49,7 +50,7 @@ class HostFile:
         self.sector = struct.unpack("i", fcntl.ioctl(fd, BLKSSZGET, b"\0" * 4))[0] if self.is_block_device else 1
 
     @classmethod
-    def open(cls, path: str, *, writable: bool = True) -> HostFile:
+    def open(cls, path: str, *, writable: bool = True) -> Self:
         """Open what is there. Raises OSError, and ImageError for what is neither a regular file nor a block device."""
         fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
         mode = os.fstat(fd).st_mode
@@ -60,7 +61,7 @@ class HostFile:
         return cls(path, fd)
 
     @classmethod
-    def create(cls, path: str) -> HostFile:
+    def create(cls, path: str) -> Self:
         """Make a new, empty file that only its owner may read. Raises FileExistsError where there is one already."""
         return cls(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
 

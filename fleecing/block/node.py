@@ -29,7 +29,7 @@ class Node(ABC):
 
     @abstractmethod
     def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False) -> None:
-        """Make the range read as zeroes. `fast_only`: raise OSError(EOPNOTSUPP) at once rather than write zeroes out."""
+        """Make the range read as zeroes. `fast_only`: raise OSError(EOPNOTSUPP) rather than write zeroes out."""
 
     @abstractmethod
     def discard(self, offset: int, length: int) -> None:

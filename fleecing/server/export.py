@@ -78,9 +78,7 @@ def active_export(name: str, description: str, disk: CopyBeforeWrite, *, cluster
         BASE_ALLOCATION: disk.block_status,
         ALLOCATION_DEPTH: everything_allocated,
     }
-    return Export(
-        _info(name, description, disk.size, _ACTIVE, cluster_size, contexts), disk, contexts, changes=disk
-    )
+    return Export(_info(name, description, disk.size, _ACTIVE, cluster_size, contexts), disk, contexts, changes=disk)
 
 
 def snapshot_export(name: str, description: str, snapshot: SnapshotAccess) -> Export:

@@ -186,8 +186,12 @@ class NbdServer:
             self._idle.set()
         log.info(
             "client %s left %s: %d requests, %d bytes read, %d written",
-            connection.peer, connection.export_name, connection.requests, connection.bytes_read, connection.bytes_written,
-        )  # fmt: skip
+            connection.peer,
+            connection.export_name,
+            connection.requests,
+            connection.bytes_read,
+            connection.bytes_written,
+        )
 
 
 def _tune(sock: socket.socket) -> None:

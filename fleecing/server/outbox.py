@@ -26,7 +26,7 @@ _SIZE = GATHER + LARGEST_PIECE + KiB
 
 
 class Outbox:
-    """The sending side of a connection. `view` up to `used` is what waits; only the connection's thread touches both."""
+    """The sending side of a connection. `view` up to `used` waits to go; only the connection's thread touches both."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock

@@ -132,9 +132,7 @@ class Service:
             check_request(self._limits, _WRITE, flags, offset, length)
             if not changes.write_now(offset, data):
                 held = bytes(data)
-                done = self._when_done(
-                    cookie, offset, f"WRITE of {length} bytes at {offset}", flags=flags, held=length
-                )
+                done = self._when_done(cookie, offset, f"WRITE of {length} bytes at {offset}", flags=flags, held=length)
                 changes.submit_write(offset, held, done)
             elif flags & _FUA:
                 changes.submit_flush(self._when_done(cookie, offset, f"FUA of WRITE at {offset}"))

@@ -99,12 +99,15 @@ def test_drop_while_others_work_ends_them_with_an_error(tmp_path: Path) -> None:
     image = make_image(tmp_path, CLUSTERS * CLUSTER, CLUSTER)
     started = threading.Barrier(3)
 
-    def worker(cluster: int) -> None:
+    def work_for_ever(cluster: int) -> None:
         started.wait()
+        while True:
+            copy(image, cluster)
+            image.release(image.unlink(cluster, 1))
+
+    def worker(cluster: int) -> None:
         with pytest.raises(ImageError, match="dropped"):
-            while True:
-                copy(image, cluster)
-                image.release(image.unlink(cluster, 1))
+            work_for_ever(cluster)
 
     def dropper() -> None:
         started.wait()

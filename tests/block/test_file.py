@@ -1,0 +1,121 @@
+"""The active image as a node: files and block devices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fleecing.block.extent import Allocation
+from fleecing.block.file import FileNode
+from fleecing.errors import ImageError
+from fleecing.units import KiB, MiB
+from tests.block.rig import blocks, pattern
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(pattern(MiB))
+    return path
+
+
+@pytest.fixture
+def loop_device(image: Path) -> Iterator[str]:
+    """A real block device over the image. Needs root, as CI has."""
+    device = subprocess.run(
+        ["losetup", "--find", "--show", image], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    yield device
+    subprocess.run(["losetup", "--detach", device], check=True)
+
+
+def test_second_opening_of_the_same_image_is_refused(image: Path, tmp_path: Path) -> None:
+    other_name = tmp_path / "link.img"
+    os.link(image, other_name)
+    node = FileNode.open(str(image))
+    with pytest.raises(ImageError, match="another server has this image open"):
+        FileNode.open(str(other_name))
+    node.close()
+    FileNode.open(str(other_name)).close()
+
+
+def test_empty_image_folder_and_fifo_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    with pytest.raises(ImageError, match="is empty"):
+        FileNode.open(str(tmp_path / "empty"))
+    with pytest.raises(OSError, match="directory"):
+        FileNode.open(str(tmp_path))
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ImageError, match="neither a regular file nor a block device"):
+        FileNode.open(str(tmp_path / "fifo"))
+
+
+def test_image_that_is_shrunk_or_grown_is_noticed(image: Path) -> None:
+    node = FileNode.open(str(image))
+    os.truncate(image, MiB - 1)
+    with pytest.raises(ImageError, match="shrunk from 1048576 to 1048575 bytes"):
+        node.read(MiB - 10, 10)
+    assert node.read(0, 10) == pattern(10)
+    os.truncate(image, MiB + 1)
+    with pytest.raises(ImageError, match="grown from 1048576 to 1048577 bytes"):
+        node.check_size()
+    node.close()
+
+
+def test_discard_and_zeroes_punch_holes_and_no_unmap_keeps_the_space(image: Path) -> None:
+    node = FileNode.open(str(image))
+    full = blocks(str(image))
+    node.write_zeroes(0, 64 * KiB, may_unmap=False)
+    assert blocks(str(image)) == full
+    node.write_zeroes(64 * KiB, 64 * KiB)
+    node.discard(128 * KiB, 64 * KiB)
+    assert full - blocks(str(image)) == 128 * KiB
+    assert node.read(0, 192 * KiB + 1) == bytes(192 * KiB) + pattern(MiB)[192 * KiB : 192 * KiB + 1]
+    # Whether allocated zeroes count as a hole is the file system's choice.
+    assert node.block_status(64 * KiB, MiB - 64 * KiB) == [
+        (128 * KiB, Allocation.HOLE_ZERO),
+        (MiB - 192 * KiB, Allocation.DATA),
+    ]
+    node.close()
+
+
+def test_block_status_stops_at_the_runs_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    with path.open("wb") as f:
+        for at in range(0, MiB, 128 * KiB):
+            f.seek(at)
+            f.write(b"x" * 4096)
+        f.truncate(2 * MiB)
+    node = FileNode.open(str(path))
+    runs = node.block_status(0, 2 * MiB)
+    assert sum(length for length, _ in runs) == 2 * MiB
+    assert len(runs) == 16
+    assert node.block_status(0, 2 * MiB, 3) == runs[:3]
+    assert node.block_status(2 * MiB - 5, 5) == [(5, Allocation.HOLE_ZERO)]
+    node.close()
+
+
+def test_block_device_reads_writes_zeroes_and_discards(loop_device: str) -> None:
+    node = FileNode.open(loop_device)
+    assert node.size == MiB
+    node.write(1000, b"hello")
+    assert node.read(998, 9) == pattern(MiB)[998:1000] + b"hello" + pattern(MiB)[1005:1007]
+    node.write_zeroes(700, 9000)
+    node.write_zeroes(20001, 10, fast_only=True)
+    node.discard(64 * KiB + 1, 64 * KiB)
+    expected = bytearray(pattern(MiB))
+    expected[700:9700] = bytes(9000)
+    expected[20001:20011] = bytes(10)
+    got = node.read(0, MiB)
+    assert got[: 64 * KiB + 512] == expected[: 64 * KiB + 512]
+    assert got[128 * KiB + 1 :] == expected[128 * KiB + 1 :]
+    assert node.block_status(0, MiB) == [(MiB, Allocation.DATA)]
+    node.flush()
+    node.check_size()
+    with pytest.raises(ImageError, match="another server"):
+        FileNode.open(loop_device)
+    node.close()
