@@ -29,7 +29,7 @@ find_python() {
             return
         fi
     done
-    die "Python 3.11 or later is needed, and here is $(python3 --version 2>/dev/null || echo none); install a newer python3"
+    die "Python 3.11 or later is needed, and what is here is: $(python3 --version 2>/dev/null || echo none); install python3"
 }
 
 # venv_install KIND TARGET: make .venv where there is none that works, then install TARGET ("." or ".[dev]") in it.
