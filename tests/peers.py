@@ -7,8 +7,9 @@ A test never skips because a program is missing: `require` fails it with the nam
     with Child(["nbdkit", "-f", "file", str(image)], tmp_path, activate=listener):
         run("nbdinfo", "--size", f"nbd://127.0.0.1:{port_of(listener)}")
 
-A server that can be given its listening socket (nbdkit, qemu-nbd: systemd's socket activation) is ready before it
-starts: who connects early waits in the socket's queue. For the others `Child.wait_for_line` waits for what they say.
+A server that can be given its listening socket is ready before it starts: who connects early waits in the socket's
+queue. nbdkit and qemu-nbd find it by themselves (systemd's socket activation); qemu-storage-daemon takes
+`--nbd-server addr.type=fd,addr.str=3`. For the others `Child.wait_for_line` waits for what they say.
 """
 
 from __future__ import annotations
