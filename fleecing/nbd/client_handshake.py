@@ -156,10 +156,10 @@ class _ClientConversation(Conversation):
             raise ProtocolError(f"a reply to {number.name} of {length} bytes; {MAX_REPLY} is the limit")
         data = yield from self._read(length)
         if self._debug:
-            self._log.debug("< %s to %s, %d bytes", _reply_name(reply), number.name, length)
+            self._log.debug("< %s, %s, %d bytes", number.name, _reply_name(reply), length)
         if reply & REP_FLAG_ERROR:
             known = Rep(reply) if reply in _REPLY_NAMES else Rep.ERR_POLICY
-            raise OptionError(known, data.decode("utf-8", "replace") or f"{number.name} was refused")
+            raise OptionError(known, _printable(data) or f"{number.name} was refused")
         if reply == Rep.ACK and data:
             raise ProtocolError(f"an ACK to {number.name} with {length} bytes of data")
         return reply, data
@@ -353,6 +353,11 @@ def _plausible(sizes: BlockSizes) -> BlockSizes:
     if sizes.maximum_payload < sizes.minimum:
         raise ProtocolError(f"the server tells a maximum payload of {sizes.maximum_payload} bytes")
     return sizes
+
+
+def _printable(text: bytes) -> str:
+    """A server's words, fit for a log and a terminal."""
+    return "".join(sign if sign.isprintable() else " " for sign in text.decode("utf-8", "replace"))
 
 
 def _reply_name(reply: int) -> str:

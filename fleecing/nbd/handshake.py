@@ -359,9 +359,9 @@ class ServerHandshake(Conversation):
     def _reply(self, number: int, reply: Rep, data: bytes = b"") -> None:
         self._outgoing += options.option_reply(number, reply, data)
         if self._debug:
-            self._log.debug("> %s to %s, %d bytes", reply.name, option_name(number), len(data))
+            self._log.debug("> %s, %s, %d bytes", option_name(number), reply.name, len(data))
 
     def _refuse(self, number: int, error: OptionError) -> None:
         self._outgoing += options.error_option_reply(number, error)
         if self._debug:
-            self._log.debug("> %s to %s", error, option_name(number))
+            self._log.debug("> %s, %s", option_name(number), error)

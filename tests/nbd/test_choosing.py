@@ -9,7 +9,7 @@ import pytest
 
 from fleecing.nbd import layouts, options
 from fleecing.nbd.constants import Info, Opt, Rep, ReplyMode, TransmissionFlag
-from fleecing.nbd.handshake import ServerHandshake
+from fleecing.nbd.handshake import MAX_HELD, ServerHandshake
 from tests.nbd.talk import (
     BOTH,
     CATALOG,
@@ -19,6 +19,7 @@ from tests.nbd.talk import (
     VDA,
     Catalog,
     every_way,
+    feed,
     go,
     haggle,
     info,
@@ -66,6 +67,11 @@ def test_export_name_that_cannot_be_satisfied_drops_the_client(name: bytes) -> N
     side, sent, error = export_name(name, BOTH)
     assert sent == b"" and side.agreement is None
     assert error is not None and "EXPORT_NAME cannot be satisfied" in error
+
+
+def test_export_name_too_long_to_hold_drops_the_client() -> None:
+    stream = options.CLIENT_FLAGS.pack(BOTH) + options.option(Opt.EXPORT_NAME, b"x" * (MAX_HELD + 1))
+    assert "ERR_TOO_BIG" in str(feed(ServerHandshake(CATALOG), [stream]).error)
 
 
 def test_export_name_after_structured_replies_keeps_them() -> None:

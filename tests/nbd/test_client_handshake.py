@@ -219,6 +219,12 @@ def test_refused_export_is_told_in_the_servers_words_and_said_goodbye_to(refusal
     assert numbers(side.data_to_send())[-1] == Opt.ABORT
 
 
+def test_a_servers_words_cannot_steer_a_terminal() -> None:
+    why = options.option_reply(Opt.GO, Rep.ERR_POLICY, b"no\x1b[2J\nyes \xff")
+    _, _, error = client(MODERN + why, extended=False, structured=False)
+    assert error is not None and error.endswith("ERR_POLICY: no [2J yes \ufffd")
+
+
 def test_unknown_error_reply_is_a_refusal() -> None:
     strange = options.OPTION_REPLY.pack(0x0003E889045565A9, Opt.GO, 0xFFFFFFFF, 0)
     _, _, error = client(MODERN + strange, extended=False, structured=False)
@@ -336,6 +342,11 @@ def test_refused_listing_is_told() -> None:
     _, sent, error = listing(MODERN + reply(Opt.LIST, Rep.ERR_POLICY, b"no"))
     assert error is not None and "ERR_POLICY: no" in error
     assert numbers(sent) == [Opt.LIST, Opt.ABORT]
+
+
+def test_server_that_hangs_up_lists_nothing() -> None:
+    with pytest.raises(ExportRefused, match="closed the connection"):
+        ExportListing().connection_lost()
 
 
 def test_server_without_fixed_newstyle_cannot_list() -> None:
