@@ -8,6 +8,7 @@ import click
 
 import fleecing
 from fleecing.cli.control_commands import disk, snapshot
+from fleecing.cli.demo import demo
 from fleecing.cli.map_command import map_
 from fleecing.cli.serve import check_config, serve
 from fleecing.cli.status_command import status
@@ -51,5 +52,5 @@ def main() -> None:
     """
 
 
-for command in (serve, check_config, snapshot, disk, status, map_):
+for command in (serve, check_config, snapshot, disk, status, map_, demo):
     main.add_command(command)
