@@ -30,7 +30,8 @@ _BOTH = (
 )
 _ACTIVE = _BOTH | TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
 _SNAPSHOT = _BOTH
-"""Not READ_ONLY: clients (libnbd, QEMU) send no TRIM to an export that says so. Writes are answered with EPERM."""
+"""Not READ_ONLY: clients (libnbd, QEMU) send no TRIM to an export that says so. Writes are answered with EPERM all the
+same, for its info says that it is not writable."""
 
 
 class Export:
@@ -109,6 +110,7 @@ def _info(
         preferred_block=cluster_size,
         maximum_payload=MAXIMUM_PAYLOAD,
         contexts=tuple(contexts),
+        writable=TransmissionFlag.SEND_WRITE_ZEROES in flags,
     )
 
 

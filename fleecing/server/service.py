@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from fleecing.block.copy_before_write import CopyBeforeWrite
 from fleecing.errors import RequestError
 from fleecing.nbd.constants import Cmd, CmdFlag, NbdError, ReplyMode
 from fleecing.nbd.handshake import Agreement
@@ -115,12 +114,6 @@ class Service:
         with self._held:
             self._held.wait_for(lambda: not self._held_requests)
 
-    def _writable(self) -> CopyBeforeWrite:
-        """The node to change. A snapshot takes no writes, though it cannot say READ_ONLY: see export.py."""
-        if self._changes is None:
-            raise RequestError(NbdError.EPERM, "a snapshot cannot be written")
-        return self._changes
-
     # WRITE.
 
     def write(self, flags: int, cookie: int, offset: int, data: memoryview) -> None:
@@ -128,8 +121,9 @@ class Service:
         self.requests += 1
         length = len(data)
         try:
-            changes = self._writable()
             check_request(self._limits, _WRITE, flags, offset, length)
+            changes = self._changes
+            assert changes is not None  # a snapshot's limits let no WRITE through
             if not changes.write_now(offset, data):
                 held = bytes(data)
                 done = self._when_done(cookie, offset, f"WRITE of {length} bytes at {offset}", flags=flags, held=length)
@@ -149,7 +143,6 @@ class Service:
         try:
             if command != _WRITE:
                 raise RequestError(NbdError.EINVAL, f"command {command} with a payload of {length} bytes")
-            self._writable()
             check_request(self._limits, command, flags, offset, length)
         except RequestError as e:
             refusal = e
@@ -164,8 +157,6 @@ class Service:
         self.requests += 1
         try:
             contexts = tuple(self._contexts)
-            if command == Cmd.WRITE_ZEROES:
-                self._writable()
             if payload is not None and command == Cmd.BLOCK_STATUS and len(payload) <= LARGEST_STATUS_PAYLOAD:
                 length, contexts = status_payload(bytes(payload), self._contexts)
             check_request(self._limits, command, flags, offset, length)

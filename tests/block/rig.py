@@ -83,8 +83,12 @@ class Rig:
         cbw_timeout: float = 0,
         limit: int | None = None,
         bitmap: bitarray | None = None,
+        at_instant: Callable[[], None] = lambda: None,
     ) -> tuple[SnapshotAccess, FaultyTemp]:
-        """A snapshot whose temp can be made to fail. `cbw_timeout` in seconds, 0 = none."""
+        """A snapshot whose temp can be made to fail. `cbw_timeout` in seconds, 0 = none.
+
+        `at_instant` is called at the very instant, when no change is under way.
+        """
         host = FaultyTemp.create(str(self.folder / f"{name}.qcow2"))
         temp = TempImage.create(
             host,
@@ -105,7 +109,12 @@ class Rig:
             bitmap=bitmap,
             on_broken=lambda node, cause: self.broken.append((node.name, cause)),
         )
-        same_instant([self.disk], lambda: self.disk.attach(snapshot), timeout=SECONDS)
+
+        def install() -> None:
+            self.disk.attach(snapshot)
+            at_instant()
+
+        same_instant([self.disk], install, timeout=SECONDS)
         self.snapshots.append(snapshot)
         return snapshot, host
 

@@ -91,16 +91,22 @@ def _assert_right(image: TempImage, clusters: dict[int, int]) -> None:
         assert read(image, cluster * CLUSTER, CLUSTER) == expected
 
 
-def _count_writes(folder: Path) -> int:
-    file = FailingFile.create(str(folder / "counting.qcow2"))
+def _new(folder: Path, size: int = SIZE) -> tuple[TempImage, FailingFile]:
+    (folder / "temp.qcow2").unlink(missing_ok=True)
+    file = FailingFile.create(str(folder / "temp.qcow2"))
     assert isinstance(file, FailingFile)
-    image = make_image(folder, SIZE, CLUSTER, file=file)
+    return make_image(folder, size, CLUSTER, file=file), file
+
+
+def _cost(folder: Path) -> tuple[int, int]:
+    """The writes of STEPS, and the bytes in use after them."""
+    image, file = _new(folder)
     file.fail_after(1 << 30)
     for step in STEPS:
         step(image)
     image.close()
-    assert file._left is not None
-    return (1 << 30) - file._left
+    assert file.left is not None
+    return (1 << 30) - file.left, image.used_bytes
 
 
 def test_steps_without_a_fault_end_as_expected(tmp_path: Path) -> None:
@@ -112,14 +118,12 @@ def test_steps_without_a_fault_end_as_expected(tmp_path: Path) -> None:
     _assert_right(image, _expected())
 
 
-@pytest.mark.parametrize("torn", [False, True])
-def test_any_one_write_may_fail_and_the_step_be_repeated(tmp_path: Path, torn: bool) -> None:
-    for n in range(_count_writes(tmp_path)):
-        (tmp_path / "temp.qcow2").unlink(missing_ok=True)
-        file = FailingFile.create(str(tmp_path / "temp.qcow2"))
-        assert isinstance(file, FailingFile)
-        image = make_image(tmp_path, SIZE, CLUSTER, file=file)
-        file.fail_after(n, torn=torn)
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_any_one_write_may_fail_and_the_step_be_repeated(tmp_path: Path, share: float) -> None:
+    writes, used = _cost(tmp_path)
+    for n in range(writes):
+        image, file = _new(tmp_path)
+        file.fail_after(n, share=share)
         faulty = False
         for step in STEPS:
             try:
@@ -129,24 +133,22 @@ def test_any_one_write_may_fail_and_the_step_be_repeated(tmp_path: Path, torn: b
                 assert check(image).keys() <= {"leaks"}, f"write {n}"
                 step(image)
         assert file.failed == 1
-        assert faulty or check(image).keys() <= {"leaks"}
         assert _kinds(image) == _expected(), f"write {n}"
         _assert_right(image, _expected())
-        assert check(image).keys() <= {"leaks"}, f"write {n}"
+        # An empty table that could not be freed is no reason for an error: it stays, and leaks at worst.
+        assert image.used_bytes == used + (0 if faulty else CLUSTER), f"write {n}"
+        assert check(image) == {} or (not faulty and check(image) == {"leaks": 1}), f"write {n}"
         image = reopen(image)
         assert _kinds(image) == _expected(), f"write {n}"
         assert check(image) == {}, f"write {n}"
         image.close()
 
 
-@pytest.mark.parametrize("torn", [False, True])
-def test_all_writes_from_any_one_on_may_fail_until_the_host_recovers(tmp_path: Path, torn: bool) -> None:
-    for n in range(_count_writes(tmp_path)):
-        (tmp_path / "temp.qcow2").unlink(missing_ok=True)
-        file = FailingFile.create(str(tmp_path / "temp.qcow2"))
-        assert isinstance(file, FailingFile)
-        image = make_image(tmp_path, SIZE, CLUSTER, file=file)
-        file.fail_after(n, torn=torn, lasting=True)
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_all_writes_from_any_one_on_may_fail_until_the_host_recovers(tmp_path: Path, share: float) -> None:
+    for n in range(_cost(tmp_path)[0]):
+        image, file = _new(tmp_path)
+        file.fail_after(n, share=share, lasting=True)
         for step in STEPS:
             try:
                 step(image)
@@ -163,13 +165,11 @@ def test_all_writes_from_any_one_on_may_fail_until_the_host_recovers(tmp_path: P
 
 
 def test_clusters_that_the_file_may_still_link_are_not_reused(tmp_path: Path) -> None:
-    file = FailingFile.create(str(tmp_path / "temp.qcow2"))
-    assert isinstance(file, FailingFile)
-    image = make_image(tmp_path, MiB, CLUSTER, file=file)
+    image, file = _new(tmp_path, MiB)
     copy(image, 0)
     (run,) = image.place(4)
     image.file.write(run[0], b"x" * 4 * CLUSTER)
-    file.fail_after(1, torn=True, lasting=True)  # the counts go up; the entries get there in part
+    file.fail_after(1, share=0.5, lasting=True)  # the counts go up; the entries get there in part
     with pytest.raises(OSError, match="made to fail"):
         image.link(10, run[0], 4)
     file.heal()
@@ -181,13 +181,11 @@ def test_clusters_that_the_file_may_still_link_are_not_reused(tmp_path: Path) ->
 
 
 def test_doubtful_clusters_are_trusted_again_once_they_are_linked(tmp_path: Path) -> None:
-    file = FailingFile.create(str(tmp_path / "temp.qcow2"))
-    assert isinstance(file, FailingFile)
-    image = make_image(tmp_path, MiB, CLUSTER, file=file)
+    image, file = _new(tmp_path, MiB)
     copy(image, 0)
     (run,) = image.place(4)
     image.file.write(run[0], b"x" * 4 * CLUSTER)
-    file.fail_after(1, torn=True, lasting=True)
+    file.fail_after(1, share=0.5, lasting=True)
     with pytest.raises(OSError, match="made to fail"):
         image.link(10, run[0], 4)
     file.heal()
@@ -197,14 +195,13 @@ def test_doubtful_clusters_are_trusted_again_once_they_are_linked(tmp_path: Path
     assert check(image) == {}
 
 
-def test_table_that_could_not_be_freed_is_used_again(tmp_path: Path) -> None:
-    file = FailingFile.create(str(tmp_path / "temp.qcow2"))
-    assert isinstance(file, FailingFile)
-    image = make_image(tmp_path, MiB, CLUSTER, file=file)
+@pytest.mark.parametrize("share", [0, 1])
+def test_table_that_could_not_be_freed_is_used_again(tmp_path: Path, share: float) -> None:
+    image, file = _new(tmp_path, MiB)
     copy(image, 0)
     copy(image, 64)
     image.release(image.unlink(0, 1))
-    file.fail_after(2)  # entry, count, and then the L1 entry of the table emptied before
+    file.fail_after(2, share=share)  # entry, count, and then the L1 entry of the table emptied before
     image.release(image.unlink(64, 1))
     assert file.failed == 1
     copy(image, 0)
@@ -213,14 +210,14 @@ def test_table_that_could_not_be_freed_is_used_again(tmp_path: Path) -> None:
     _assert_right(image, {0: 2, 64: 2})
 
 
-@pytest.mark.parametrize("torn", [False, True])
-def test_killed_after_any_write_it_leaks_at_worst(tmp_path: Path, torn: bool) -> None:
-    for n in range(_count_writes(tmp_path)):
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_killed_after_any_write_it_leaks_at_worst(tmp_path: Path, share: float) -> None:
+    for n in range(_cost(tmp_path)[0]):
         (tmp_path / "temp.qcow2").unlink(missing_ok=True)
         file = StoppingFile.create(str(tmp_path / "temp.qcow2"))
         assert isinstance(file, StoppingFile)
         image = make_image(tmp_path, SIZE, CLUSTER, file=file)
-        file.stop_after(n, torn=torn)
+        file.stop_after(n, share=share)
         alive: dict[int, int] = {}
         for step in STEPS:
             step(image)
@@ -256,11 +253,9 @@ def test_creation_that_stops_half_way_is_no_image(tmp_path: Path) -> None:
 
 
 def test_image_reads_the_same_through_qemu_after_faults(tmp_path: Path) -> None:
-    file = FailingFile.create(str(tmp_path / "temp.qcow2"))
-    assert isinstance(file, FailingFile)
-    image = make_image(tmp_path, SIZE, CLUSTER, file=file)
+    image, file = _new(tmp_path)
     for n, step in enumerate(STEPS):
-        file.fail_after(n % 4, torn=True)
+        file.fail_after(n % 4, share=0.5)
         try:
             step(image)
         except OSError:

@@ -159,6 +159,14 @@ def test_limit_refuses_before_anything_changes(tmp_path: Path) -> None:
     assert check(image) == {}
 
 
+def test_limit_counts_the_refcount_block_of_a_new_range(tmp_path: Path) -> None:
+    image = make_image(tmp_path, MiB, 512, limit=257 * 512)
+    image.place(256 - image.used_bytes // 512)  # all that the first block counts
+    with pytest.raises(TempLimitReached):  # one cluster is left, but it needs a second block
+        image.place(1)
+    assert image.used_bytes == 256 * 512
+
+
 def test_peak_stays_when_space_is_freed(tmp_path: Path) -> None:
     image = make_image(tmp_path, 64 * MiB)
     copy(image, 0, 10)
@@ -184,6 +192,17 @@ def test_all_tables_but_one_go_when_everything_is_trimmed(tmp_path: Path) -> Non
     image.release(image.unlink(0, image.clusters))
     # The range of 2048 clusters that each refcount block counts stays known, and one empty table is kept.
     assert image.used_bytes <= empty + 4 * KiB * (1 + image.clusters // 2048 + 1)
+    assert check(image) == {}
+
+
+def test_table_that_is_filled_again_is_not_freed_when_another_becomes_empty(tmp_path: Path) -> None:
+    image = make_image(tmp_path, MiB, 512)  # 64 clusters a table
+    copy(image, 64)
+    copy(image, 0)
+    image.release(image.unlink(0, 1))
+    copy(image, 1)
+    image.release(image.unlink(64, 1))
+    assert read(image, 512, 512) == pattern(image, 1)
     assert check(image) == {}
 
 

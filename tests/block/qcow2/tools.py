@@ -121,38 +121,39 @@ class RecordingFile(HostFile):
         return super().punch(offset, length)
 
 
-def _half(data: Buffer) -> bytes:
-    return bytes(data)[: len(data) // 2 // 8 * 8]
+def _part(data: Buffer, share: float) -> bytes:
+    """What reaches the file of a write that fails: the kernel cuts at pages, never within an entry."""
+    return bytes(data)[: int(len(data) * share) // 8 * 8] if share < 1 else bytes(data)
 
 
 class FailingFile(HostFile):
     """After `fail_after(n)`, n writes work and the next fails, or that one and all after it.
 
-    `torn`: half of its bytes reach the file before the error comes; the kernel cuts at pages, never within an entry.
+    `share` of its bytes reach the file before the error comes.
     """
 
     def __init__(self, path: str, fd: int) -> None:
         super().__init__(path, fd)
-        self._left: int | None = None
-        self._torn = self._lasting = False
+        self.left: int | None = None
+        self._share = 0.0
+        self._lasting = False
         self.failed = 0
 
-    def fail_after(self, writes: int, *, torn: bool = False, lasting: bool = False) -> None:
+    def fail_after(self, writes: int, *, share: float = 0, lasting: bool = False) -> None:
         """Start counting."""
-        self._left, self._torn, self._lasting, self.failed = writes, torn, lasting, 0
+        self.left, self._share, self._lasting, self.failed = writes, share, lasting, 0
 
     def heal(self) -> None:
         """Every write works from here on."""
-        self._left = None
+        self.left = None
 
     def write(self, offset: int, data: Buffer) -> None:
         """Write, or fail."""
-        if self._left is not None:
-            self._left -= 1
-            if self._left == -1 or (self._left < 0 and self._lasting):
+        if self.left is not None:
+            self.left -= 1
+            if self.left == -1 or (self.left < 0 and self._lasting):
                 self.failed += 1
-                if self._torn:
-                    super().write(offset, _half(data))
+                super().write(offset, _part(data, self._share))
                 raise OSError(EIO, "made to fail")
         super().write(offset, data)
 
@@ -160,29 +161,29 @@ class FailingFile(HostFile):
 class StoppingFile(HostFile):
     """After `stop_after(n)`, n writes reach the file and nothing after them: what kill -9 leaves behind.
 
-    `torn`: half of the next write's bytes reach it, too.
+    A `share` of the next write's bytes reach it, too.
     """
 
     def __init__(self, path: str, fd: int) -> None:
         super().__init__(path, fd)
         self._left: int | None = None
-        self._torn = False
+        self._share = 0.0
 
     @property
     def stopped(self) -> bool:
         """Whether a write was lost."""
         return self._left is not None and self._left < 0
 
-    def stop_after(self, writes: int, *, torn: bool = False) -> None:
+    def stop_after(self, writes: int, *, share: float = 0) -> None:
         """Start counting."""
-        self._left, self._torn = writes, torn
+        self._left, self._share = writes, share
 
     def write(self, offset: int, data: Buffer) -> None:
         """Write, or do nothing."""
         if self._left is not None:
             self._left -= 1
-            if self._left == -1 and self._torn:
-                super().write(offset, _half(data))
+            if self._left == -1:
+                super().write(offset, _part(data, self._share))
             if self._left < 0:
                 return
         super().write(offset, data)
