@@ -79,23 +79,19 @@ def create(
         "on_cbw_error": on_cbw_error,
         "cbw_timeout": cbw_timeout,
     }
-    answer = ControlClient(control).request("POST", "/v1/snapshots", body)
+    client = ControlClient(control)
+    if tcp and not any(map(_is_tcp, client.request("GET", "/v1/disks")["disks"][0]["uris"])):
+        raise ControlError(409, "the server has no TCP listener: leave --tcp out, or serve with --listen HOST:PORT")
+    answer = client.request("POST", "/v1/snapshots", body)
     if as_json:
         print_json(answer["snapshots"])
         return
     for made in answer["snapshots"]:
-        click.echo(_uri(made, tcp=tcp))
+        click.echo(next(uri for uri in made["uris"] if _is_tcp(uri) or not tcp))
 
 
-def _uri(info: dict[str, Any], *, tcp: bool) -> str:
-    """The one URI to print. Raises ControlError where the snapshot was made but --tcp asks for what is not there."""
-    uris: list[str] = info["uris"]
-    if not tcp:
-        return uris[0]
-    for uri in uris:
-        if uri.startswith("nbd://"):
-            return uri
-    raise ControlError(409, f"snapshot {info['export']} is made, but the server has no TCP listener: use {uris[0]}")
+def _is_tcp(uri: str) -> bool:
+    return uri.startswith("nbd://")
 
 
 @snapshot.command("list")

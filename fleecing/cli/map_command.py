@@ -77,7 +77,7 @@ def map_(*, which: tuple[str, str], control: str, as_json: bool) -> None:
         _print_runs(first, pages)
         return
     console = Console(highlight=False)
-    width = max(16, console.width - 1)
+    width = max(16, console.width)
     picture = Picture(first["size"], first["cluster_size"], width * MAX_ROWS)
     for page in _with_first(first, pages):
         for run in page["runs"]:

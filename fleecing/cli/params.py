@@ -18,20 +18,18 @@ from fleecing.units import parse_size
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class Checked(click.ParamType[Any]):
-    """A parameter made of its text by a function that raises ValueError with a sentence."""
+class Checked:
+    """A parameter's type: a function that makes the value of its text, or raises ValueError with a sentence."""
 
     def __init__(self, name: str, make: Callable[[str], Any]) -> None:
-        self.name = name
+        self.__name__ = name  # what click shows in the place of the value
         self._make = make
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
+    def __call__(self, text: str) -> Any:
         try:
-            return self._make(value)
+            return self._make(text)
         except ValueError as e:
-            self.fail(str(e), param, ctx)
+            raise click.BadParameter(str(e)) from None
 
 
 NAME = Checked("NAME", check_name)

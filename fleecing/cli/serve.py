@@ -91,11 +91,11 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 def _program() -> str:
     """What starts this program in a shell, wherever that shell stands."""
-    if shutil.which("fleecing"):
-        return "fleecing"
-    if os.path.basename(sys.argv[0]) == "__main__.py":
+    beside = os.path.join(os.path.dirname(sys.executable), "fleecing")
+    if not os.path.exists(beside):
         return f"{shlex.quote(sys.executable)} -m fleecing"
-    return shlex.quote(os.path.abspath(sys.argv[0]))
+    found = shutil.which("fleecing")
+    return "fleecing" if found and os.path.samefile(found, beside) else shlex.quote(beside)
 
 
 @click.command("check-config", epilog="\b\nExample:\n  fleecing check-config /etc/fleecing.toml\n")

@@ -40,10 +40,14 @@ def status(*, watch: bool, interval: float, control: str, as_json: bool) -> None
             print_json(now)
         else:
             click.echo(_screen(now))
-    elif as_json or not sys.stdout.isatty():
-        _print_on(client, interval, as_json=as_json)
-    else:
-        _watch(client, interval)
+        return
+    try:
+        if as_json or not sys.stdout.isatty():
+            _print_on(client, interval, as_json=as_json)
+        else:
+            _watch(client, interval)
+    except KeyboardInterrupt:
+        pass  # the way to end it
 
 
 def _print_on(client: ControlClient, interval: float, *, as_json: bool) -> None:

@@ -80,7 +80,7 @@ def _check_format(value: str) -> str:
     return value
 
 
-Address = Annotated[TcpAddress, BeforeValidator(_address, json_schema_input_type=str)]
+Address = Annotated[TcpAddress, BeforeValidator(_address)]
 SocketPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.abspath), AfterValidator(check_socket_path)]
 AbsolutePath = Annotated[str, Field(min_length=1), AfterValidator(os.path.abspath)]
 ImageFormat = Annotated[str, AfterValidator(_check_format)]

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 
 import uvloop
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 READY = "Ready. Ctrl-C or SIGTERM stops the server."
 """The last line that is announced: all listeners answer from here on."""
 
+CALLS = 32
+"""Calls of the control API that may be at work at a time."""
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -37,9 +41,12 @@ def run(settings: ServerSettings, *, program: str, announce: Callable[[str], Non
 
 
 async def _serve(settings: ServerSettings, program: str, announce: Callable[[str], None]) -> None:
+    loop = asyncio.get_running_loop()
+    # Calls that wait for a slow disk must not hold up a status: the default is 4 more than there are CPUs.
+    loop.set_default_executor(ThreadPoolExecutor(CALLS, "control"))
     stop = asyncio.Event()
     for number in _SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, stop.set)
     async with AsyncExitStack() as life:
         manager = await asyncio.to_thread(Manager, settings)
         life.push_async_callback(asyncio.to_thread, manager.close)

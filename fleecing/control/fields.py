@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from fleecing.control.names import NAME_PATTERN, check_name
 from fleecing.units import KiB, MiB, format_size, is_power_of_two, parse_size
@@ -37,7 +37,12 @@ def check_temp_limit(value: int) -> int:
 
 Name = Annotated[str, AfterValidator(check_name), Field(json_schema_extra={"pattern": f"^{NAME_PATTERN}$"})]
 
-Size = Annotated[int, Field(strict=True, ge=0), BeforeValidator(_parse_if_text, json_schema_input_type=int | str)]
+Size = Annotated[
+    int,
+    Field(strict=True, ge=0),
+    BeforeValidator(_parse_if_text),
+    WithJsonSchema({"type": ["integer", "string"], "minimum": 0}, mode="validation"),
+]
 """Bytes, given as a number or as text: 65536, "64K", "10 GiB"."""
 
 ClusterSize = Annotated[Size, AfterValidator(check_cluster_size)]

@@ -22,7 +22,7 @@ from fleecing.control.config import DiskSettings, ServerSettings
 from fleecing.control.models import SnapshotRequest
 from fleecing.control.names import export_name
 from fleecing.control.store import DiskFolder
-from fleecing.errors import ConfigError, ControlError, ImageError
+from fleecing.errors import BlockError, ConfigError, ControlError, ImageError
 from fleecing.nbd.handshake import ExportInfo
 from fleecing.server.export import Export, active_export, snapshot_export
 from fleecing.units import format_size
@@ -172,6 +172,9 @@ class Manager:
                 ) from None
             except OSError as e:
                 raise _creation_error(disks[0], name, e) from e
+            except BlockError as e:
+                reason = e.text if isinstance(e, ImageError) else str(e)
+                raise ControlError(409, f"snapshot '{name}' was not made: {reason}") from e
             created = datetime.now(UTC)
             made = [_snapshot(disk, name, created, request, node) for disk, node in zip(disks, nodes, strict=True)]
             undo.pop_all()
@@ -233,21 +236,22 @@ class Manager:
 
 
 def _open(name: str, settings: DiskSettings, server: ServerSettings) -> Disk:
-    path = settings.path
+    """The image first: a name that is misspelt makes no state folder."""
+    start = f"image {settings.path} of disk '{name}'"
     try:
         _refuse_qcow2(settings)
-        folder = DiskFolder(server.state_dir, name, server.temp_dir)
-        try:
-            node = open_disk(path)
-        except BaseException:
-            folder.close()
-            raise
+        node = open_disk(settings.path)
     except OSError as e:
-        raise ConfigError(f"image {path} of disk '{name}' cannot be opened: {e.strerror}") from None
+        raise ConfigError(f"{start} cannot be opened: {e.strerror}") from None
     except ImageError as e:
-        raise ConfigError(f"image {path} of disk '{name}' {e.text}") from None
+        raise ConfigError(f"{start} {e.text}") from None
+    try:
+        folder = DiskFolder(server.state_dir, name, server.temp_dir)
+    except BaseException:
+        node.close()
+        raise
     _free_leftovers(folder)
-    log.info("disk %s opened: %s, raw, %s", name, path, format_size(node.size))
+    log.info("disk %s opened: %s, raw, %s", name, settings.path, format_size(node.size))
     export = active_export(name, "active disk, read-write", node, cluster_size=settings.cluster_size)
     return Disk(name, settings, node, folder, export)
 

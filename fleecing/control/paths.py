@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 
 from fleecing.errors import ConfigError
@@ -44,7 +45,7 @@ def default_state_dir(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def make_folder(path: str, what: str) -> None:
-    """Make the folder (and its parents) that only its owner may enter; check that files can be made in it.
+    """Make the folder, which only its owner may enter (not so its parents); check that files can be made in it.
 
     `what` names it in the sentence of the ConfigError: "state folder", "temp folder".
     """
@@ -54,5 +55,8 @@ def make_folder(path: str, what: str) -> None:
         raise ConfigError(f"{what} {path} is no folder: a file of that name is in the way") from None
     except OSError as e:
         raise ConfigError(f"{what} {path} cannot be made: {e.strerror}") from None
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise ConfigError(f"{what} {path} is not writable: allow it or name another one")
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as e:
+        raise ConfigError(f"{what} {path} is not writable ({e.strerror}): allow it or name another one") from None

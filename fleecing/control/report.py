@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import UTC, datetime
 
 import fleecing
 from fleecing.block.extent import ClusterState
@@ -38,7 +38,7 @@ class Reporter:
         self.manager = manager
         self.server = server
         self.addresses = addresses
-        self._started = datetime.now().astimezone()
+        self._started = datetime.now(UTC)
 
     def status(self) -> Status:
         """All of the server at this moment."""
