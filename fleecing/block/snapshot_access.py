@@ -173,7 +173,8 @@ class SnapshotAccess(Node):
             cluster = position >> clusters.shift
             last = clusters_touched(position, end - position, clusters.cluster_size)[1]
             if clusters.done[cluster]:
-                is_zero, count = self.temp.next_change(cluster, last)
+                not_done = clusters.done.find(0, cluster + 1, last)  # temp knows nothing of what lies behind
+                is_zero, count = self.temp.next_change(cluster, last if not_done < 0 else not_done)
                 if not count:  # trimmed since
                     clusters.check_readable(offset, length)
                     raise ImageError(self.temp.file.path, -1, f"cluster {cluster} is not linked")

@@ -111,6 +111,13 @@ def test_block_status_never_calls_old_data_a_hole_when_the_guest_trims_meanwhile
     assert rig.disk.block_status(2 * CLUSTER, CLUSTER) == [(CLUSTER, Allocation.HOLE_ZERO)]
 
 
+def test_block_status_still_knows_holes_behind_a_copied_cluster(make_rig: MakeRig) -> None:
+    rig = make_rig(OLD, 2 * SIZE)
+    snapshot, _ = rig.snapshot()
+    rig.disk.write(SIZE - CLUSTER, NEW[:CLUSTER])
+    assert snapshot.block_status(0, 2 * SIZE) == [(SIZE, Allocation.DATA), (SIZE, Allocation.HOLE_ZERO)]
+
+
 def test_block_status_tells_zero_clusters_of_temp_and_holes_of_the_image(make_rig: MakeRig) -> None:
     rig = make_rig(OLD[:CLUSTER] + bytes(2 * CLUSTER) + OLD[: 5 * CLUSTER])
     rig.disk.discard(CLUSTER, 2 * CLUSTER)
