@@ -61,9 +61,13 @@ class DemoServer:
             start_new_session=True,  # Ctrl-C on the terminal is for the demo, which then ends the server in order
         )
         self._listener.start()
-        if not self._said.wait(_START_SECONDS) or not self._is_ready:
+        try:
+            if not self._said.wait(_START_SECONDS) or not self._is_ready:
+                self.stop()
+                raise ConfigError("the server did not start: " + (" / ".join(self._last_lines) or "it said nothing"))
+        except KeyboardInterrupt:
             self.stop()
-            raise ConfigError("the server did not start: " + (" / ".join(self._last_lines) or "it said nothing"))
+            raise
         return self
 
     def __exit__(
