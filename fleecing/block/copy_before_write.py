@@ -73,6 +73,9 @@ class CopyBeforeWrite(Node):
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self.file.read_into(offset, buffer)
 
+    def read_cached(self, offset: int, buffer: memoryview) -> bool:
+        return self.file.host.read_cached(offset, buffer)  # two calls less on the hot path
+
     def block_status(self, offset: int, length: int, max_runs: int = MAX_RUNS) -> Runs:
         return self.file.block_status(offset, length, max_runs)
 

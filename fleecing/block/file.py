@@ -63,6 +63,9 @@ class FileNode(Node):
             self.check_size()
             raise ImageError(self.path, offset, "ends before the bytes asked for")
 
+    def read_cached(self, offset: int, buffer: memoryview) -> bool:
+        return self.host.read_cached(offset, buffer)
+
     def write(self, offset: int, data: Buffer) -> None:
         self.host.write(offset, data)
 

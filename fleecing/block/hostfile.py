@@ -93,6 +93,17 @@ class HostFile:
             done += n
         return done
 
+    def read_cached(self, offset: int, buffer: memoryview) -> bool:
+        """Fill `buffer` if that takes no waiting for the disk; False where it would (or where the file ends)."""
+        try:
+            return os.preadv(self.fd, (buffer,), offset, os.RWF_NOWAIT) == len(buffer)
+        except BlockingIOError:
+            return False
+        except OSError as e:
+            if e.errno not in _UNSUPPORTED:
+                raise
+        return self.read_into(offset, buffer) == len(buffer)
+
     def write(self, offset: int, data: Buffer) -> None:
         """Write all of `data`."""
         done = os.pwrite(self.fd, data, offset)

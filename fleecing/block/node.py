@@ -23,6 +23,11 @@ class Node(ABC):
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the whole of `buffer` with the bytes at `offset`."""
 
+    def read_cached(self, offset: int, buffer: memoryview) -> bool:
+        """The same if that takes no waiting for a disk; else False, at once, and the buffer may hold anything."""
+        self.read_into(offset, buffer)
+        return True
+
     @abstractmethod
     def write(self, offset: int, data: Buffer) -> None:
         """Change the bytes at `offset`. Returns when a later read sees them; `flush` makes them durable."""

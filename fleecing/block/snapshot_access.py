@@ -130,6 +130,30 @@ class SnapshotAccess(Node):
         if clusters.broken is not None or not clusters.access[first]:
             clusters.check_readable(offset, length)
 
+    def read_cached(self, offset: int, buffer: memoryview) -> bool:
+        """`read_into` if that takes no waiting for a disk; else False. Only a read within one cluster can be False."""
+        clusters = self.clusters
+        length = len(buffer)
+        first = offset >> clusters.shift
+        if first != offset + length - 1 >> clusters.shift:
+            self._read_clusters(offset, buffer)
+            return True
+        if clusters.broken is not None or not clusters.access[first]:
+            clusters.check_readable(offset, length)
+        if clusters.done[first]:
+            self.read_into(
+                offset, buffer
+            )  # temp was written not long ago: it is in the page cache, or worth waiting for
+            return True
+        if not self._source.read_cached(offset, buffer):
+            return False
+        # The same second look as in `read_into`.
+        if clusters.done[first]:
+            self.read_into(offset, buffer)
+        elif clusters.broken is not None or not clusters.access[first]:
+            clusters.check_readable(offset, length)
+        return True
+
     def _read_clusters(self, offset: int, buffer: memoryview) -> None:
         clusters = self.clusters
         length = len(buffer)

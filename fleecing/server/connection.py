@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 RECEIVE_SIZE = MiB
 """Bytes of the receive buffer. A WRITE that does not fit is written piece by piece as it comes in."""
 
+MAX_COLD = 64
+"""READs put aside because they would wait for the disk; with more, they are served before the next request is."""
+
 _READ, _WRITE, _DISC = int(Cmd.READ), int(Cmd.WRITE), int(Cmd.DISC)
 
 
@@ -59,6 +62,9 @@ class Connection:
         self.export_name = agreement.export.name
         self._sock = sock
         self._mode = agreement.mode
+        extended = agreement.mode is ReplyMode.EXTENDED
+        self._header = EXTENDED_REQUEST if extended else REQUEST
+        self._magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
         self._size = agreement.export.size
         self._on_close = on_close
         self._out = Outbox(sock)
@@ -66,6 +72,7 @@ class Connection:
         self._buffer = bytearray(RECEIVE_SIZE)
         self._view = memoryview(self._buffer)
         self._view[: len(leftover)] = leftover
+        self._cold: list[tuple[int, int, int]] = []  # cookie, offset, length
         self._start, self._end = 0, len(leftover)  # what is received and not served yet
         self._thread = threading.Thread(target=self._run, name=f"nbd {peer}", daemon=True)
 
@@ -144,11 +151,26 @@ class Connection:
 
     def _serve_received(self) -> bool:
         """Serve all whole requests that are there; False after a DISC."""
-        extended = self._mode is ReplyMode.EXTENDED
-        header, right_magic = (EXTENDED_REQUEST, EXTENDED_REQUEST_MAGIC) if extended else (REQUEST, REQUEST_MAGIC)
-        unpack, header_size = header.unpack_from, header.size
+        goes_on = self._serve_warm()
+        if self._cold:
+            self._serve_cold()
+        return goes_on
+
+    def _serve_cold(self) -> None:
+        """The READs whose bytes are not in memory: announced together, then read one by one."""
+        self._out.send()  # nobody else waits for the disk
+        cold, self._cold = self._cold, []
+        if len(cold) > 1:
+            for _, offset, length in cold:
+                self._service.announce(offset, length)
+        for cookie, offset, length in cold:
+            self._service.read_cold(cookie, offset, length)
+
+    def _serve_warm(self) -> bool:  # noqa: C901 - every request comes through here: steps in line cost no calls
+        """The same; READs that would wait for the disk are put aside in `_cold`."""
+        unpack, header_size, right_magic = self._header.unpack_from, self._header.size, self._magic
         buffer, out, service, mode, size = self._buffer, self._out, self._service, self._mode, self._size
-        read_into = self.export.node.read_into
+        read_cached = self.export.node.read_cached
         data_size = len(data_header(mode, 0, 0, 1))
         debug = log.isEnabledFor(logging.DEBUG)
         while self._end - self._start >= header_size:
@@ -164,7 +186,11 @@ class Connection:
                 used = out.used
                 data = used + data_size
                 try:
-                    read_into(offset, out.view[data : data + length])
+                    if not read_cached(offset, out.view[data : data + length]):
+                        self._cold.append((cookie, offset, length))
+                        if len(self._cold) >= MAX_COLD:
+                            self._serve_cold()
+                        continue
                 except Exception as e:
                     service.refuse(cookie, offset, answer_to(e, f"READ of {length} bytes at {offset}"))
                 else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from fleecing.errors import RequestError
+from fleecing.errors import BlockError, RequestError
 from fleecing.nbd.constants import Cmd, CmdFlag, NbdError, ReplyMode
 from fleecing.nbd.handshake import Agreement
 from fleecing.nbd.transmission import (
@@ -211,6 +211,23 @@ class Service:
         else:
             self._read_pieces(cookie, offset, length)
         self.bytes_read += length
+
+    def announce(self, offset: int, length: int) -> None:
+        """A READ that is served soon. Whatever is wrong with it is told when it is."""
+        try:
+            self._node.prefetch(offset, length)
+        except (OSError, BlockError):
+            pass
+
+    def read_cold(self, cookie: int, offset: int, length: int) -> None:
+        """A checked READ of at most LARGEST_PIECE that waits for the disk."""
+        try:
+            self._read_piece(data_header(self._mode, cookie, offset, length), offset, length)
+            self.bytes_read += length
+        except Exception as e:
+            self.refuse(cookie, offset, answer_to(e, f"READ of {length} bytes at {offset}"))
+        if self._out.used >= GATHER:
+            self._out.send()
 
     def _read_pieces(self, cookie: int, offset: int, length: int) -> None:
         """Chunk by chunk. One that fails ends the reply with an error chunk; the connection goes on."""

@@ -29,6 +29,14 @@ class HookedFile(FileNode):
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         super().read_into(offset, buffer)
+        self._step_in()
+
+    def read_cached(self, offset: int, buffer: memoryview) -> bool:
+        cached = super().read_cached(offset, buffer)
+        self._step_in()
+        return cached
+
+    def _step_in(self) -> None:
         hook, self.after_read = self.after_read, None
         if hook is not None:
             hook()

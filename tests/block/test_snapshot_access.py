@@ -10,6 +10,7 @@ import pytest
 from bitarray import bitarray
 
 from fleecing.block.extent import Allocation, ClusterState
+from fleecing.block.snapshot_access import SnapshotAccess
 from fleecing.errors import ClusterUnreadable, SnapshotBroken
 from fleecing.units import GiB, KiB, MiB, TiB
 from tests.block.rig import CLUSTER, Rig, blocks, pattern
@@ -19,22 +20,34 @@ SIZE = 8 * CLUSTER
 OLD = pattern(SIZE)
 NEW = pattern(SIZE, seed=1)
 
-# A read within one cluster, and one that goes over several: two code paths.
-READS = [(100, 4 * KiB), (100, 3 * CLUSTER)]
+
+def cached(snapshot: SnapshotAccess, offset: int, length: int) -> bytes:
+    """As a connection reads: what takes no waiting first."""
+    buffer = bytearray(length)
+    if not snapshot.read_cached(offset, memoryview(buffer)):
+        snapshot.read_into(offset, memoryview(buffer))
+    return bytes(buffer)
 
 
-@pytest.mark.parametrize("offset, length", READS)
-def test_read_gives_the_old_bytes_when_the_guest_writes_during_it(make_rig: MakeRig, offset: int, length: int) -> None:
+# A read within one cluster, and one that goes over several, each in both ways: four code paths.
+READS = [(read, 100, length) for read in (SnapshotAccess.read, cached) for length in (4 * KiB, 3 * CLUSTER)]
+Read = Callable[[SnapshotAccess, int, int], bytes]
+
+
+@pytest.mark.parametrize("read, offset, length", READS)
+def test_read_gives_the_old_bytes_when_the_guest_writes_during_it(
+    make_rig: MakeRig, read: Read, offset: int, length: int
+) -> None:
     rig = make_rig(OLD)
     snapshot, _ = rig.snapshot()
     rig.file.after_read = lambda: rig.disk.write(0, NEW)
-    assert snapshot.read(offset, length) == OLD[offset : offset + length]
+    assert read(snapshot, offset, length) == OLD[offset : offset + length]
     assert rig.disk.read(offset, length) == NEW[offset : offset + length]
     assert snapshot.read(0, SIZE) == OLD
 
 
-@pytest.mark.parametrize("offset, length", READS)
-def test_read_fails_when_the_snapshot_breaks_during_it(make_rig: MakeRig, offset: int, length: int) -> None:
+@pytest.mark.parametrize("read, offset, length", READS)
+def test_read_fails_when_the_snapshot_breaks_during_it(make_rig: MakeRig, read: Read, offset: int, length: int) -> None:
     """QEMU 7.2 returns the guest's new bytes as a success here."""
     rig = make_rig(OLD)
     snapshot, temp = rig.snapshot()
@@ -45,12 +58,14 @@ def test_read_fails_when_the_snapshot_breaks_during_it(make_rig: MakeRig, offset
 
     rig.file.after_read = break_and_write
     with pytest.raises(SnapshotBroken, match="No space left on device"):
-        snapshot.read(offset, length)
+        read(snapshot, offset, length)
     assert rig.disk.read(0, SIZE) == NEW
 
 
-@pytest.mark.parametrize("offset, length", READS)
-def test_read_fails_when_a_trim_and_a_write_come_during_it(make_rig: MakeRig, offset: int, length: int) -> None:
+@pytest.mark.parametrize("read, offset, length", READS)
+def test_read_fails_when_a_trim_and_a_write_come_during_it(
+    make_rig: MakeRig, read: Read, offset: int, length: int
+) -> None:
     rig = make_rig(OLD)
     snapshot, _ = rig.snapshot()
 
@@ -60,11 +75,13 @@ def test_read_fails_when_a_trim_and_a_write_come_during_it(make_rig: MakeRig, of
 
     rig.file.after_read = trim_and_write
     with pytest.raises(ClusterUnreadable, match="trimmed"):
-        snapshot.read(offset, length)
+        read(snapshot, offset, length)
 
 
-@pytest.mark.parametrize("offset, length", READS)
-def test_read_fails_when_the_snapshot_is_deleted_during_it(make_rig: MakeRig, offset: int, length: int) -> None:
+@pytest.mark.parametrize("read, offset, length", READS)
+def test_read_fails_when_the_snapshot_is_deleted_during_it(
+    make_rig: MakeRig, read: Read, offset: int, length: int
+) -> None:
     rig = make_rig(OLD)
     snapshot, _ = rig.snapshot()
     rig.disk.write(2 * CLUSTER, b"x")
@@ -75,7 +92,7 @@ def test_read_fails_when_the_snapshot_is_deleted_during_it(make_rig: MakeRig, of
 
     rig.file.after_read = delete_and_write
     with pytest.raises(SnapshotBroken, match="deleted"):
-        snapshot.read(offset, length)
+        read(snapshot, offset, length)
 
 
 def test_read_from_temp_fails_when_it_is_trimmed_and_its_space_used_again(make_rig: MakeRig) -> None:
