@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
@@ -36,10 +36,10 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     with ExitStack() as stack:
         started = 0
 
-        def start(images: Path | Mapping[str, Path], *options: str) -> Server:
+        def start(images: Path | Mapping[str, Path], *options: str, wrapper: Sequence[str] = ()) -> Server:
             nonlocal started
             started += 1
-            server = Server(tmp_path / f"server{started}", images, *options)
+            server = Server(tmp_path / f"server{started}", images, *options, wrapper=wrapper)
             stack.callback(server.stop)
             return server
 

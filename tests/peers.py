@@ -45,17 +45,21 @@ PACKAGES = {
     "e2fsck": "e2fsprogs",
     "fio": "fio",
     "ldd": "libc-bin",
+    "losetup": "mount",
     "mke2fs": "e2fsprogs",
+    "mount": "mount",
     "nbd-client": "nbd-client",
     "nbd-server": "nbd-server",
     "nbdcopy": "libnbd-bin",
     "nbdinfo": "libnbd-bin",
     "nbdkit": "nbdkit",
+    "prlimit": "util-linux",
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "qemu-nbd": "qemu-utils",
     "qemu-storage-daemon": "qemu-system-common",
     "qemu-system-x86_64": "qemu-system-x86",
+    "umount": "mount",
 }
 
 # The PATH of a plain user lacks these, and several peers live there.

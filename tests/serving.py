@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,12 @@ class Server:
     """A running `fleecing serve`. `images` is one path (disk "vda"), or several by the names of their disks.
 
     FOLDER gets the sockets, the state and the log; one server a folder. `options` go to the command line as they are.
+    `wrapper` is a program that runs the server, for instance prlimit.
     """
 
-    def __init__(self, folder: Path, images: Path | Mapping[str, Path], *options: str) -> None:
+    def __init__(
+        self, folder: Path, images: Path | Mapping[str, Path], *options: str, wrapper: Sequence[str] = ()
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self.unix = folder / "nbd.sock"
         self.control_path = folder / "control.sock"
@@ -42,7 +45,18 @@ class Server:
         disks = {"vda": images} if isinstance(images, Path) else images
         what = [str(images), "--name", "vda"] if isinstance(images, Path) else ["--config", _config(folder, disks)]
         command = [
-            *(sys.executable, "-m", "fleecing", "serve", *what, "--unix", str(self.unix), "--listen", "127.0.0.1:0"),
+            *(
+                *wrapper,
+                sys.executable,
+                "-m",
+                "fleecing",
+                "serve",
+                *what,
+                "--unix",
+                str(self.unix),
+                "--listen",
+                "127.0.0.1:0",
+            ),
             *("--control", str(self.control_path), "--state-dir", str(self.state_dir), *options),
         ]
         self.child = Child(command, folder, name="fleecing", env={"PYTHONPATH": str(ROOT)})
