@@ -121,7 +121,8 @@ class DemoReport:
             (
                 "pull",
                 f"{self.pull_seconds:.2f} s for {format_size(self.pull_data)} of data, "
-                f"{rate(self.pull_data / self.pull_seconds if self.pull_seconds else 0)}; the rest was zeroes",
+                f"{rate(self.pull_data / self.pull_seconds if self.pull_seconds else 0)}"
+                + ("; the rest was zeroes" if self.pull_data < self.size else ""),
             ),
         ]
         return "\n".join([*(f"FAILED: {fault}" for fault in self.faults), fields(pairs)])

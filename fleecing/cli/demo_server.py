@@ -38,7 +38,7 @@ class DemoServer:
             "--cluster-size": cluster_size,
         }
         options = [str(word) for pair in arguments.items() for word in pair]
-        self.command = [*_with_parent(), sys.executable, "-m", "fleecing", "serve", str(image), *options]
+        self.command = [*_with_parent(), sys.executable, "-P", "-m", "fleecing", "serve", str(image), *options]
         self._process: subprocess.Popen[str] | None = None
         self._said = threading.Event()
         self._is_ready = False

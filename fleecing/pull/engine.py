@@ -27,7 +27,7 @@ from fleecing.nbd.constants import BASE_ALLOCATION, Cmd, NbdError, TransmissionF
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.plan import Piece, Plan
 from fleecing.pull.target import Target
-from fleecing.units import MiB, align_down
+from fleecing.units import KiB, align_down
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class PullOptions:
 
     connections: int = 4
     depth: int = 4
-    piece: int = MiB
+    piece: int = 512 * KiB
     trim: Trim = Trim.SNAPSHOT
     timeout: float = 60.0
 

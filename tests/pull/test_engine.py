@@ -316,7 +316,7 @@ def test_an_error_of_one_connection_ends_those_that_wait(tmp_path: Path) -> None
 
     run.target.abandon = abandon  # type: ignore[method-assign]
     with pytest.raises(RequestError, match="enough"):
-        run(PullOptions(depth=1))
+        run(PullOptions(depth=1, piece=MiB))
     assert ended.is_set()
 
 
