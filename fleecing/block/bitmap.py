@@ -6,21 +6,28 @@ from collections.abc import Iterator
 
 from bitarray import bitarray
 
-from fleecing.units import div_up
+from fleecing.units import align_up, div_up
 
 
 def ones(count: int) -> bitarray:
-    """`count` bits, all set."""
-    bits = bitarray(count)
-    bits.setall(1)
+    """`count` bits, all set; see `zeroes`."""
+    bits = zeroes(count)
+    bits[:count] = 1
     return bits
 
 
 def zeroes(count: int) -> bitarray:
-    """`count` bits, all clear."""
-    bits = bitarray(count)
+    """`count` bits, all clear, and more clear ones up to a whole byte, so that all maps can be combined."""
+    bits = bitarray(align_up(count, 8), endian="little")
     bits.setall(0)
     return bits
+
+
+def little(bits: bitarray, count: int) -> bitarray:
+    """The same bits as this project's maps have them: a whole number of bytes, least significant bit first."""
+    result = zeroes(count)
+    result[:count] = bits[:count]
+    return result
 
 
 def clusters_touched(offset: int, length: int, cluster_size: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 from bitarray import bitarray
 
-from fleecing.block.bitmap import clusters_touched, ones, zeroes
+from fleecing.block.bitmap import clusters_touched, little, ones, zeroes
 from fleecing.block.extent import ClusterState
 from fleecing.errors import ClusterUnreadable, SnapshotBroken
 from fleecing.units import div_up
@@ -39,9 +39,9 @@ class ClusterMap:
         self.shift = cluster_size.bit_length() - 1
         self.count = div_up(size, cluster_size)
         # Never changed: the clusters that belong to the snapshot at all; None = every one.
-        self.scope = scope
+        self.scope = None if scope is None else little(scope, self.count)
         # The three are changed under `lock` only, and read without it.
-        self.access = ones(self.count) if scope is None else scope.copy()
+        self.access = ones(self.count) if self.scope is None else self.scope.copy()
         self.copy = self.access.copy()
         self.done = zeroes(self.count)
         self.lock = threading.Lock()
@@ -96,7 +96,7 @@ class ClusterMap:
 
     def counts(self) -> dict[ClusterState, int]:
         """Clusters by state; they add up to all clusters when nothing changes meanwhile."""
-        in_scope = self.count if self.scope is None else self.scope.count()
+        in_scope = self.count if self.scope is None else self.scope.count(1)
         with self.lock:
             copied, readable = self.done.count(), self.access.count()
         return {

@@ -164,6 +164,21 @@ def test_all_writes_from_any_one_on_may_fail_until_the_host_recovers(tmp_path: P
         image.close()
 
 
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+@pytest.mark.parametrize("writes", [0, 1])  # the counts, the entries
+def test_link_that_fails_is_undone_at_once(tmp_path: Path, writes: int, share: float) -> None:
+    image, file = _new(tmp_path)
+    copy(image, 0)
+    (run,) = image.place(20)
+    image.file.write(run[0], b"x" * 20 * CLUSTER)
+    file.fail_after(writes, share=share)
+    with pytest.raises(OSError, match="made to fail"):
+        image.link(10, run[0], 20)
+    assert check(image) == {}
+    image.release([run])
+    assert image.place(20) == [run]
+
+
 def test_clusters_that_the_file_may_still_link_are_not_reused(tmp_path: Path) -> None:
     image, file = _new(tmp_path, MiB)
     copy(image, 0)
