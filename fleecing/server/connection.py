@@ -132,6 +132,7 @@ class Connection:
     def _close(self) -> None:
         """Let the waiting requests end and answer, then hang up."""
         self._service.wait_idle()
+        self._out.settle()
         self._shutdown(socket.SHUT_RDWR)
         self._sock.close()
         self.export.release()

@@ -1,6 +1,7 @@
 """What goes out to one client: replies gathered by its own thread, and late ones from other threads.
 
     the connection's thread   put, reserve ... send      blocks where the client does not read: its own loss
+                              settle                     blocks until late replies are out, too
     any other thread          late                       never blocks
 
 A thread of the pool must not wait for a client that does not read. Where the socket takes no more, or the connection's
@@ -21,6 +22,9 @@ GATHER = 128 * KiB
 
 LARGEST_PIECE = 256 * KiB
 """Bytes of data that one reserved piece has at most."""
+
+BACKLOG = 64
+"""Late replies unsent from which on the connection's thread should `settle` before it has more of them made."""
 
 _SIZE = GATHER + LARGEST_PIECE + KiB
 
@@ -60,6 +64,22 @@ class Outbox:
         with self._sending:
             for part in parts:
                 self._sock.sendall(part)
+        if self._late:
+            self._send_late()
+
+    @property
+    def behind(self) -> bool:
+        """Whether the client has left BACKLOG late replies or more unread."""
+        return len(self._late) >= BACKLOG
+
+    def settle(self) -> None:
+        """Wait until all late replies are out or the client is gone."""
+        with self._sending:
+            try:
+                while self._late:
+                    self._sock.sendall(self._late.popleft())
+            except OSError:
+                self._late.clear()
         if self._late:
             self._send_late()
 

@@ -94,12 +94,16 @@ class Service:
         return flush_first if flags & _FUA else answer
 
     def _hold(self, count: int) -> None:
+        def fits() -> bool:
+            return self._held_requests < HELD_REQUESTS and self._held_bytes + count <= HELD_BYTES
+
+        # All sending is done without the lock: the threads that answer need it, and must not wait for the client.
+        if self._out.behind:
+            self._out.settle()
+        if not fits():
+            self._out.send()  # or the client may wait for a reply that is not sent
         with self._held:
-            if self._held_requests >= HELD_REQUESTS or self._held_bytes + count > HELD_BYTES:
-                self._out.send()  # or the client may wait for a reply that is not sent
-                self._held.wait_for(
-                    lambda: self._held_requests < HELD_REQUESTS and self._held_bytes + count <= HELD_BYTES
-                )
+            self._held.wait_for(fits)
             self._held_requests += 1
             self._held_bytes += count
 

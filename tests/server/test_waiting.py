@@ -1,0 +1,260 @@
+"""Requests that wait in other threads: answered late, limited in number, and never at another client's cost."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+from functools import partial
+
+import pytest
+
+from fleecing.block.copy_before_write import CopyBeforeWrite, Done
+from fleecing.block.node import Buffer
+from fleecing.nbd.constants import Cmd, CmdFlag, NbdError, ReplyMode
+from fleecing.server.export import active_export
+from fleecing.server.outbox import BACKLOG, GATHER
+from fleecing.server.service import HELD_BYTES, HELD_REQUESTS
+from fleecing.units import KiB, MiB
+from tests.block.rig import SECONDS, in_thread, pattern
+from tests.server.rig import CLUSTER, Disk, MakeDisk, MakeLine
+
+SIZE = 2 * MiB
+SIMPLE, STRUCTURED = ReplyMode.SIMPLE, ReplyMode.STRUCTURED
+
+
+@pytest.fixture
+def disk(make_disk: MakeDisk) -> Disk:
+    return make_disk(pattern(SIZE))
+
+
+class Pool(CopyBeforeWrite):
+    """A disk whose changes all wait, until the test ends them one by one, or end `at_once`."""
+
+    def __init__(self, disk: Disk, *, at_once: bool = False) -> None:
+        super().__init__(disk.node.file)
+        self.export = active_export("held", "", self, cluster_size=CLUSTER)
+        self.waiting: list[tuple[Done, int]] = []
+        self.most = 0
+        self.most_bytes = 0
+        self._at_once = at_once
+        self._came = threading.Condition()
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        return False
+
+    def submit_write(self, offset: int, data: Buffer, done: Done) -> None:
+        self._take(done, len(data))
+
+    def submit_flush(self, done: Done) -> None:
+        self._take(done, 0)
+
+    def _take(self, done: Done, length: int) -> None:
+        if self._at_once:
+            done(None)
+            return
+        with self._came:
+            self.waiting.append((done, length))
+            self.most = max(self.most, len(self.waiting))
+            self.most_bytes = max(self.most_bytes, sum(length for _, length in self.waiting))
+            self._came.notify_all()
+
+    def wait_for(self, count: int) -> None:
+        """Until so many are under way."""
+        with self._came:
+            assert self._came.wait_for(lambda: len(self.waiting) >= count, SECONDS)
+
+    def finish(self, count: int, error: Exception | None = None) -> None:
+        """End the next `count`, in a thread of the pool: it must come back at once, whatever the client does."""
+        for _ in range(count):
+            self.wait_for(1)
+            with self._came:
+                done, _ = self.waiting.pop(0)
+            in_thread(partial(done, error)).wait()
+
+
+def test_a_flush_is_answered_when_it_is_done_and_holds_up_nothing(disk: Disk, line: MakeLine, mode: ReplyMode) -> None:
+    disk.host.syncs.close()
+    client = line(disk.export, mode)
+    client.send(client.request(Cmd.FLUSH, cookie=1))
+    disk.host.syncs.wait_for_one()
+    assert client.ask(Cmd.READ, 5, 1000).data == pattern(SIZE)[5:1005]
+    assert client.ask(Cmd.WRITE, 0, payload=b"new").error == 0
+    disk.host.syncs.open()
+    assert client.reply().cookie == 1
+    assert disk.host.synced == 1
+
+
+def test_a_flush_of_one_client_holds_up_no_other(disk: Disk, line: MakeLine) -> None:
+    disk.host.syncs.close()
+    slow, other = line(disk.export, SIMPLE), line(disk.export, SIMPLE)
+    slow.send(slow.request(Cmd.FLUSH))
+    disk.host.syncs.wait_for_one()
+    assert other.ask(Cmd.WRITE, 0, payload=b"new").error == 0
+    assert other.ask(Cmd.READ, 0, 3).data == b"new"
+
+
+@pytest.mark.parametrize("command", [Cmd.WRITE, Cmd.WRITE_ZEROES, Cmd.TRIM])
+def test_a_change_with_fua_is_answered_after_a_flush(disk: Disk, line: MakeLine, mode: ReplyMode, command: Cmd) -> None:
+    disk.host.syncs.close()
+    client = line(disk.export, mode)
+    payload = b"x" * 4096 if command is Cmd.WRITE else b""
+    client.send(client.request(command, 0, 4096, payload=payload, flags=CmdFlag.FUA, cookie=1))
+    disk.host.syncs.wait_for_one()
+    assert client.ask(Cmd.READ, 0, 4096).data == (payload or bytes(4096))
+    disk.host.syncs.open()
+    assert client.reply().cookie == 1
+
+
+def test_a_long_write_with_fua_is_answered_after_a_flush(disk: Disk, line: MakeLine, mode: ReplyMode) -> None:
+    disk.host.syncs.close()
+    client = line(disk.export, mode)
+    client.send(client.request(Cmd.WRITE, 0, payload=b"x" * (MiB + 1), flags=CmdFlag.FUA, cookie=1))
+    disk.host.syncs.wait_for_one()
+    assert client.ask(Cmd.READ, MiB, 1).data == b"x"
+    disk.host.syncs.open()
+    assert client.reply().cookie == 1
+
+
+@pytest.mark.parametrize("command", [Cmd.READ, Cmd.CACHE, Cmd.FLUSH])
+def test_fua_is_accepted_where_it_changes_nothing(disk: Disk, line: MakeLine, mode: ReplyMode, command: Cmd) -> None:
+    assert line(disk.export, mode).ask(command, 0, 512, flags=CmdFlag.FUA).error == 0
+
+
+def test_a_flush_that_fails_says_so(disk: Disk, line: MakeLine) -> None:
+    held = Pool(disk)
+    client = line(held.export, STRUCTURED)
+    client.send(client.request(Cmd.FLUSH))
+    held.finish(1, OSError(28, "No space left on device"))
+    reply = client.reply()
+    assert (reply.error, reply.text) == (NbdError.ENOSPC, "FLUSH: No space left on device")
+
+
+def test_a_limited_number_of_requests_waits(disk: Disk, line: MakeLine) -> None:
+    held = Pool(disk)
+    client = line(held.export, SIMPLE)
+    count = HELD_REQUESTS + 30
+    client.send(*[client.request(Cmd.FLUSH) for _ in range(count)], client.request(Cmd.READ, 0, 100, cookie=0))
+    held.wait_for(HELD_REQUESTS)
+    held.finish(count)
+    assert len(client.replies(count + 1)) == count + 1
+    assert held.most == HELD_REQUESTS
+
+
+def test_a_limited_number_of_bytes_waits(disk: Disk, line: MakeLine) -> None:
+    held = Pool(disk)
+    client = line(held.export, SIMPLE)
+    size = 900 * KiB
+    count = HELD_BYTES // size + 5
+    sender = in_thread(lambda: client.send(*[client.request(Cmd.WRITE, 0, payload=bytes(size)) for _ in range(count)]))
+    held.wait_for(HELD_BYTES // size)
+    held.finish(count)
+    sender.wait()
+    assert len(client.replies(count)) == count
+    assert HELD_BYTES - size < held.most_bytes <= HELD_BYTES
+
+
+def test_replies_are_sent_before_a_connection_waits_for_others(disk: Disk, line: MakeLine) -> None:
+    held = Pool(disk)
+    client = line(held.export, SIMPLE)
+    client.send(
+        client.request(Cmd.READ, 0, 100, cookie=0), *[client.request(Cmd.FLUSH) for _ in range(HELD_REQUESTS + 1)]
+    )
+    assert client.reply().cookie == 0  # nothing has ended yet
+    held.finish(HELD_REQUESTS + 1)
+    client.replies(HELD_REQUESTS + 1)
+
+
+def test_a_client_that_reads_nothing_holds_up_no_thread_that_answers(disk: Disk, line: MakeLine) -> None:
+    """Its connection has reached the limit and cannot send: the pool that all clients share must not wait for it."""
+    held = Pool(disk)
+    client = line(held.export, SIMPLE, buffer=4 * KiB)
+    # One piece that is sent and fills the socket, one that is only gathered, then more than may wait.
+    client.send(
+        *[client.request(Cmd.READ, 0, length) for length in (GATHER, GATHER // 2)],
+        *[client.request(Cmd.FLUSH) for _ in range(HELD_REQUESTS + 1)],
+    )
+    reader = in_thread(lambda: client.take(16 + GATHER))  # the first goes out; then nobody reads
+    reader.wait()
+    held.wait_for(HELD_REQUESTS)
+    held.finish(HELD_REQUESTS)
+    client.take(16 + GATHER // 2)
+    held.finish(1)
+
+
+def test_replies_that_nobody_reads_are_limited(disk: Disk, line: MakeLine) -> None:
+    """Flush after flush without reading an answer: the connection takes no more of them, so memory stays fixed."""
+    client = line(Pool(disk, at_once=True).export, SIMPLE, buffer=4 * KiB)
+    unsent = Unsent(client.connection._service._out._late)
+    client.connection._service._out._late = unsent
+    count = 30_000
+    sender = in_thread(partial(client.send, *[client.request(Cmd.FLUSH) for _ in range(count)]))
+    assert unsent.many.wait(SECONDS)
+    client.replies(count)
+    sender.wait()
+    assert unsent.most <= BACKLOG
+
+
+class Unsent(deque[bytes]):
+    """A queue of late replies that remembers how long it was."""
+
+    def __init__(self, replies: Iterable[bytes]) -> None:
+        super().__init__(replies)
+        self.most = 0
+        self.many = threading.Event()
+
+    def append(self, reply: bytes) -> None:
+        super().append(reply)
+        self.most = max(self.most, len(self))
+        if len(self) >= BACKLOG:
+            self.many.set()
+
+
+def test_a_goodbye_is_obeyed_when_what_is_under_way_has_been_answered(
+    disk: Disk, line: MakeLine, mode: ReplyMode
+) -> None:
+    disk.host.changes.close()
+    disk.host.syncs.close()
+    client = line(disk.export, mode)
+    client.send(
+        client.request(Cmd.WRITE_ZEROES, 0, 4096, cookie=1),
+        client.request(Cmd.FLUSH, cookie=2),
+        client.request(Cmd.READ, 8192, 100, cookie=3),
+        client.request(Cmd.DISC),
+    )
+    assert client.reply().cookie == 3
+    disk.host.changes.wait_for_one()
+    assert not client.closed.is_set()
+    disk.host.changes.open()
+    assert client.reply().cookie == 1
+    disk.host.syncs.open()
+    assert client.reply().cookie == 2
+    client.wait_closed()
+    assert client.ended()
+
+
+def test_a_client_that_reads_late_gets_every_reply_after_its_goodbye(disk: Disk, line: MakeLine) -> None:
+    held = Pool(disk)
+    client = line(held.export, SIMPLE, buffer=4 * KiB)
+    client.send(
+        client.request(Cmd.READ, 0, 64 * KiB, cookie=0),
+        *[client.request(Cmd.FLUSH) for _ in range(HELD_REQUESTS)],
+        client.request(Cmd.DISC),
+    )
+    held.wait_for(HELD_REQUESTS)
+    held.finish(HELD_REQUESTS)  # into a socket that is full
+    assert len(client.replies(HELD_REQUESTS + 1)) == HELD_REQUESTS + 1
+    client.wait_closed()
+    assert client.ended()
+
+
+def test_a_client_that_goes_with_requests_under_way_is_waited_for(disk: Disk, line: MakeLine) -> None:
+    disk.host.changes.close()
+    client = line(disk.export, SIMPLE)
+    client.send(client.request(Cmd.WRITE_ZEROES, 0, 4096))
+    disk.host.changes.wait_for_one()
+    client.sock.close()
+    assert not client.closed.is_set()
+    disk.host.changes.open()
+    client.wait_closed()
+    assert disk.contents[:4096] == bytes(4096)
