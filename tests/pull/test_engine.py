@@ -95,7 +95,7 @@ def test_zeroes_are_not_read_and_take_no_space(tmp_path: Path, image: Path) -> N
     with nbdkit(tmp_path, "-r", "file", str(image)) as uri:
         report = pull_to(copy, uri)
     assert report.data < 8 * MiB
-    assert copy.stat().st_blocks * 512 < report.data + 4096
+    assert copy.stat().st_blocks * 512 < SIZE // 2
 
 
 def test_a_pull_out_of_order_is_byte_exact(tmp_path: Path, image: Path, contents: bytes) -> None:
