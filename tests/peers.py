@@ -51,6 +51,7 @@ PACKAGES = {
     "nbd-client": "nbd-client",
     "nbd-server": "nbd-server",
     "nbdcopy": "libnbd-bin",
+    "nbddump": "libnbd-bin",
     "nbdinfo": "libnbd-bin",
     "nbdkit": "nbdkit",
     "prlimit": "util-linux",

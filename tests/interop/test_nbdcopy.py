@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.images import KIB, MIB, ODD_SIZES, allocated, make_image, make_sparse, random_bytes
-from tests.peers import Children, run, run_any
+from tests.peers import Children, listen_unix, run, run_any
 from tests.serving import Serve
 
 CONNECTIONS = pytest.mark.parametrize("connections", ["1", "4"])
@@ -97,9 +97,8 @@ def test_a_pull_ends_in_an_error_when_its_snapshot_is_deleted(serve: Serve, tmp_
     uri = server.snapshot(name="s")
     slow = tmp_path / "slow.sock"
     proxy = children.start(
-        *("nbdkit", "-fv", "-U", str(slow), "--filter=delay", "nbd", f"uri={uri}", "delay-read=100ms", "shared=true")
+        *("nbdkit", "-fv", "--filter=delay", "nbd", f"uri={uri}", "delay-read=100ms"), activate=listen_unix(slow)
     )
-    proxy.wait_for_line("written pidfile|listening on|bound to unix socket")
     pull = children.start(
         "nbdcopy", "-C", "1", "-R", "1", "--request-size=65536", f"nbd+unix:///?socket={slow}", "null:"
     )
