@@ -1,7 +1,7 @@
 """The disks and their snapshots: what may be asked for by name.
 
 Called from the loop's thread, from worker threads (creation and deletion wait for the guest's writes and for readers)
-and from connections' threads. Two dictionaries are all the shared state: `disks` never changes after the start;
+and from connections' threads. Two dictionaries are all the shared state: `disks` never changes between start and end;
 `_snapshots` is changed under `_lock`, and read without it by single operations (`get`, `list(values())`).
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -34,6 +35,9 @@ DRAIN_SECONDS = 30.0
 
 REMOVE_SECONDS = 30.0
 """How long a deletion waits for reads and copies in flight."""
+
+LEAST_FREE_CLUSTERS = 16
+"""Free space below this many clusters is a full temp folder."""
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -69,9 +73,12 @@ class Snapshot:
 class Manager:
     """Disks by name, snapshots by (disk, name); also the catalog that NBD connections are served from."""
 
-    def __init__(self, settings: ServerSettings) -> None:
-        """Open and lock every disk; free what an earlier server left behind. Raises ConfigError for the first that
-        cannot be had; the others are given back."""
+    def __init__(self, settings: ServerSettings, *, drain_seconds: float = DRAIN_SECONDS) -> None:
+        """Open and lock every disk; free what an earlier server left behind.
+
+        Raises ConfigError for the first disk that cannot be had; the others are given back.
+        """
+        self._drain_seconds = drain_seconds
         self.disks: dict[str, Disk] = {}
         self._snapshots: dict[tuple[str, str], Snapshot] = {}
         self._lock = threading.Lock()
@@ -145,6 +152,7 @@ class Manager:
                         409, f"disk '{disk.name}' has a snapshot '{name}' already: delete it or take another name"
                     )
                 _check_image(disk)
+                _check_space(disk, name)
             made = self._freeze(disks, name, request)
             with self._lock:
                 self._snapshots.update({(s.disk.name, s.name): s for s in made})
@@ -163,12 +171,12 @@ class Manager:
                 undo.callback(disk.folder.remove_snapshot, name)
                 pairs.append((disk.node, _spec(disk, name, temp_path, request)))
             try:
-                nodes = freeze(pairs, drain_timeout=DRAIN_SECONDS, on_broken=_report_broken)
+                nodes = freeze(pairs, drain_timeout=self._drain_seconds, on_broken=_report_broken)
             except TimeoutError:
                 raise ControlError(
                     503,
-                    f"snapshot '{name}' was not made: writes of the guest took longer than {DRAIN_SECONDS:g} s to end; "
-                    "look at the disk's health and try again",
+                    f"snapshot '{name}' was not made: writes of the guest took longer than "
+                    f"{self._drain_seconds:g} s to end; look at the disk's health and try again",
                 ) from None
             except OSError as e:
                 raise _creation_error(disks[0], name, e) from e
@@ -220,13 +228,14 @@ class Manager:
         return True
 
     def close(self) -> None:
-        """Delete every snapshot, flush and give back every disk. The state of a server that stops lives no longer."""
+        """Delete every snapshot, flush and give back every disk; then there is none. Twice does no harm."""
         for snapshot in self.snapshots():
             try:
                 self.delete(snapshot.disk.name, snapshot.name)
             except ControlError as e:
                 log.error("%s", e)
-        for disk in self.disks.values():
+        while self.disks:
+            _, disk = self.disks.popitem()
             try:
                 disk.node.flush()
             except OSError as e:
@@ -285,6 +294,19 @@ def _check_image(disk: Disk) -> None:
         disk.node.file.check_size()
     except ImageError as e:
         raise ControlError(409, f"image {e.path} of disk '{disk.name}' {e.text}") from None
+
+
+def _check_space(disk: Disk, name: str) -> None:
+    """Raises ControlError where the first copies would break the snapshot.
+
+    Making the temp file alone may not notice it: some file systems take blocks only when they write out.
+    """
+    try:
+        space = os.statvfs(disk.folder.temp_location())
+    except OSError as e:
+        raise _creation_error(disk, name, e) from e
+    if space.f_bavail * space.f_frsize < LEAST_FREE_CLUSTERS * disk.settings.cluster_size:
+        raise _creation_error(disk, name, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
 def _spec(disk: Disk, name: str, temp_path: str, request: SnapshotRequest) -> SnapshotSpec:

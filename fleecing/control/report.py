@@ -84,12 +84,14 @@ class Reporter:
 
     def _disk(self, disk: Disk, clients: int) -> DiskInfo:
         problem = None
+        free = 0
+        folder = disk.folder.temp_location()
         try:
             disk.node.file.check_size()
+            space = os.statvfs(folder)
+            free = space.f_bavail * space.f_frsize
         except (ImageError, OSError) as e:
             problem = str(e)
-        folder = disk.folder.temp_location()
-        space = os.statvfs(folder)
         return DiskInfo(
             name=disk.name,
             path=disk.node.file.path,
@@ -100,7 +102,7 @@ class Reporter:
             snapshots=[snapshot.name for snapshot in self.manager.snapshots(disk.name)],
             clients=clients,
             temp_folder=folder,
-            temp_free=space.f_bavail * space.f_frsize,
+            temp_free=free,
             uris=self.addresses.uris(disk.name),
         )
 

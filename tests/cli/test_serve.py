@@ -1,0 +1,119 @@
+"""`fleecing serve` that cannot start, and `check-config`: one sentence each, exit code 1, nothing half-made."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from fleecing.cli.main import main
+from fleecing.units import MiB
+from tests.serving import Serve
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "vda.img"
+    path.write_bytes(b"\1" * MiB)
+    return path
+
+
+def fleecing(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def start(folder: Path, image: object, *options: object) -> str:
+    """The sentence with which a server in `folder` refuses to start."""
+    places = ("--unix", folder / "n.sock", "--control", folder / "c.sock", "--state-dir", folder / "state")
+    result = fleecing("serve", image, *places, *options)
+    assert (result.exit_code, result.stdout) == (1, "")
+    sentence = result.stderr.splitlines()[-1]
+    assert sentence.startswith("Error: ")
+    assert not (folder / "n.sock").exists()
+    assert not (folder / "c.sock").exists()
+    return sentence
+
+
+def test_a_missing_image_is_named(tmp_path: Path) -> None:
+    assert f"image {tmp_path}/no.img of disk 'no' cannot be opened: No such file" in start(
+        tmp_path, tmp_path / "no.img"
+    )
+    assert not (tmp_path / "state").exists()
+
+
+def test_an_empty_image_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.img").touch()
+    assert "is empty: an image needs a size" in start(tmp_path, tmp_path / "a.img")
+
+
+def test_a_folder_is_no_image(tmp_path: Path) -> None:
+    assert "Is a directory" in start(tmp_path, tmp_path)
+
+
+def test_a_character_device_is_no_image(tmp_path: Path) -> None:
+    assert "is neither a regular file nor a block device" in start(tmp_path, "/dev/null")
+
+
+def test_a_qcow2_image_is_refused_unless_its_bytes_are_meant(tmp_path: Path) -> None:
+    path = tmp_path / "q.img"
+    path.write_bytes(b"QFI\xfb" + bytes(MiB))
+    assert "is a qcow2 image and this release serves raw ones only" in start(tmp_path, path)
+    assert "format 'qcow2' is not served in this release" in start(tmp_path, path, "--format", "qcow2")
+    (tmp_path / "state").touch()
+    assert "state folder" in start(tmp_path, path, "--format", "raw")
+
+
+def test_an_image_that_is_served_is_refused(serve: Serve, image: Path, tmp_path: Path) -> None:
+    server = serve(image)
+    assert "is locked: another server has this image open" in start(tmp_path, image)
+    assert server.status()["disks"][0]["problem"] is None
+
+
+def test_a_socket_of_a_running_server_is_refused(serve: Serve, image: Path, tmp_path: Path) -> None:
+    server = serve(image)
+    other = tmp_path / "other.img"
+    other.write_bytes(bytes(MiB))
+    assert f"socket {server.unix} is in use by a running server" in start(tmp_path, other, "--unix", server.unix)
+    control = ("--control", server.control_path)
+    assert f"socket {server.control_path} is in use by a running server" in start(tmp_path, other, *control)
+    assert server.status()["disks"][0]["problem"] is None
+
+
+def test_a_port_in_use_is_refused(image: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert f"cannot listen on {address}: Address already in use" in start(tmp_path, image, "--listen", address)
+
+
+@pytest.mark.parametrize("option, what", [("--state-dir", "state folder"), ("--temp-dir", "temp folder")])
+def test_a_folder_that_takes_no_files_is_refused(image: Path, tmp_path: Path, option: str, what: str) -> None:
+    assert f"{what} /proc" in start(tmp_path, image, option, "/proc/1")
+
+
+def test_a_server_can_start_after_one_that_could_not(serve: Serve, image: Path, tmp_path: Path) -> None:
+    start(tmp_path, image, "--temp-dir", "/proc/1")
+    assert serve(image).status()["disks"][0]["name"] == "vda"
+
+
+def test_a_configuration_is_checked_and_shown_complete(image: Path, tmp_path: Path) -> None:
+    config = tmp_path / "f.toml"
+    config.write_text('unix = ["n.sock"]\nlisten = ["[::1]:0"]\n[disk.vda]\npath = "vda.img"\n')
+    result = fleecing("check-config", config)
+    assert result.exit_code == 0
+    assert "[::1]:0 (any free port)" in result.stdout
+    assert f"vda: {image}, raw, clusters of 64 KiB" in result.stdout
+    shown = json.loads(fleecing("check-config", config, "--json").stdout)
+    assert shown["disk"]["vda"] == {"path": str(image), "format": None, "cluster-size": 65536}
+    assert shown["unix"] == [str(tmp_path / "n.sock")]
+
+
+@pytest.mark.parametrize("command", [("check-config",), ("serve", "--config")])
+def test_a_configuration_with_a_mistake_is_refused(tmp_path: Path, command: tuple[str, ...]) -> None:
+    config = tmp_path / "f.toml"
+    config.write_text('[disk.vda]\npath = "x"\nformat = "vmdk"\n')
+    result = fleecing(*command, config)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"Error: configuration {config}: disk.vda.format: format 'vmdk' is not served" in result.stderr
