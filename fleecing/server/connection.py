@@ -198,11 +198,11 @@ class Connection:
                     out.view[used:data] = data_header(mode, cookie, offset, length)
                     out.used = data + length
                     service.bytes_read += length
+            elif command == _DISC:  # whatever it carries
+                return False
             elif payload := payload_length(mode, flags, command, length):
                 if not self._serve_payload(command, flags, cookie, offset, length, header_size, payload):
                     return True
-            elif command == _DISC:
-                return False
             else:
                 self._start += header_size
                 service.serve(command, flags, cookie, offset, length)

@@ -161,7 +161,9 @@ class Service:
         self.requests += 1
         try:
             contexts = tuple(self._contexts)
-            if payload is not None and command == Cmd.BLOCK_STATUS and len(payload) <= LARGEST_STATUS_PAYLOAD:
+            if payload is not None and command == Cmd.BLOCK_STATUS:
+                if len(payload) > LARGEST_STATUS_PAYLOAD:
+                    raise RequestError(NbdError.EINVAL, f"a block status payload of {len(payload)} bytes is too long")
                 length, contexts = status_payload(bytes(payload), self._contexts)
             check_request(self._limits, command, flags, offset, length)
             if not length and command != Cmd.FLUSH:
