@@ -228,7 +228,14 @@ class Manager:
         return True
 
     def close(self) -> None:
-        """Delete every snapshot, flush and give back every disk; then there is none. Twice does no harm."""
+        """Delete every snapshot, flush and give back every disk; then there is none. Twice does no harm.
+
+        Waits for a creation that is under way; none starts any more.
+        """
+        with self._creation:
+            self._close()
+
+    def _close(self) -> None:
         for snapshot in self.snapshots():
             try:
                 self.delete(snapshot.disk.name, snapshot.name)
