@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 from bitarray import bitarray
 
+from fleecing.block.bitfile import BitFile
 from fleecing.block.bitmap import clusters_touched, little, ones, zeroes
 from fleecing.block.extent import ClusterState
 from fleecing.errors import ClusterUnreadable, SnapshotBroken
@@ -32,23 +33,47 @@ class ClusterMap:
     """The clusters of one snapshot. `cluster_size`: a power of two; `size`: bytes; the last cluster may be short."""
 
     def __init__(
-        self, size: int, cluster_size: int, *, scope: bitarray | None = None, on_broken: Callable[[str], None]
+        self,
+        size: int,
+        cluster_size: int,
+        *,
+        scope: bitarray | None = None,
+        trimmed: BitFile | None = None,
+        done: bitarray | None = None,
+        on_broken: Callable[[str], None],
     ) -> None:
+        """`trimmed` keeps what is trimmed, and why the snapshot broke, for the next process; `done`: copied by now."""
         self.size = size
         self.cluster_size = cluster_size
         self.shift = cluster_size.bit_length() - 1
         self.count = div_up(size, cluster_size)
-        # Never changed: the clusters that belong to the snapshot at all; None = every one.
-        self.scope = None if scope is None else little(scope, self.count)
+        self.trimmed = trimmed  # its bits are changed under `lock`
         # The three are changed under `lock` only, and read without it.
-        self.access = ones(self.count) if self.scope is None else self.scope.copy()
-        self.copy = self.access.copy()
-        self.done = zeroes(self.count)
+        self.access, self.copy, self.done = (zeroes(self.count) for _ in range(3))
+        self.set_scope(scope)
+        if trimmed is not None:
+            self.access &= ~trimmed.bits
+        if done is not None:
+            self.done |= done & self.access
+        self.copy = self.access & ~self.done
         self.lock = threading.Lock()
         # Why the snapshot is dead, or None. Set once, from any thread, under `_break_lock`; never unset.
         self.broken: str | None = None
         self._break_lock = threading.Lock()
         self._on_broken = on_broken
+
+    def set_scope(self, scope: bitarray | None) -> None:
+        """The clusters that belong to the snapshot at all, None = every one. Before anybody uses the map."""
+        self.scope = None if scope is None else little(scope, self.count)
+        self.access = ones(self.count) if self.scope is None else self.scope.copy()
+        self.copy = self.access.copy()
+
+    def trim(self, first: int, end: int) -> None:
+        """Nobody may read clusters [first, end) any more, and nobody needs to save them. Under `lock`."""
+        if self.trimmed is not None:
+            self.trimmed.bits[first:end] = 1
+        self.access[first:end] = 0
+        self.copy[first:end] = 0
 
     def break_(self, cause: str) -> None:
         """The snapshot is dead from here on, for good; the first cause stays.
@@ -58,6 +83,8 @@ class ClusterMap:
         with self._break_lock:
             if self.broken is not None:
                 return
+            if self.trimmed is not None:
+                self.trimmed.note = cause  # in mapped memory: known to the next process before the guest goes on
             self.broken = cause
         self._on_broken(cause)
 

@@ -28,6 +28,7 @@ from fleecing.block.file import FileNode
 from fleecing.block.flusher import Flusher
 from fleecing.block.gate import Gate
 from fleecing.block.node import Buffer, Node
+from fleecing.block.tracking import Tracker
 from fleecing.errors import BlockError
 from fleecing.units import MiB
 
@@ -64,6 +65,8 @@ class CopyBeforeWrite(Node):
         self.size = file.size
         self.gate = Gate()
         self.snapshots: tuple[Saved, ...] = ()  # replaced under _snapshots_lock
+        # Records what changes; replaced only while the gate is closed and nobody is inside, or before anybody writes.
+        self.tracker: Tracker | None = None
         self._snapshots_lock = threading.Lock()
         self._pool = ChangePool(self._perform, self._expired, workers=workers, name=file.path)
         self._flusher = Flusher(file.flush, name=file.path)
@@ -121,9 +124,12 @@ class CopyBeforeWrite(Node):
         if not gate.try_enter(token):
             return False
         try:
+            length = len(data)
             for snapshot in self.snapshots:
-                if snapshot.clusters.needs_copy(offset, len(data)):
+                if snapshot.clusters.needs_copy(offset, length):
                     return False
+            if self.tracker is not None and not self.tracker.record_now(offset, length):
+                return False
             self.file.write(offset, data)
         finally:
             gate.leave(token)
@@ -195,6 +201,9 @@ class CopyBeforeWrite(Node):
         self.gate.enter(attempt)
         try:
             try:
+                if self.tracker is not None:
+                    for offset, length in change.ranges:
+                        self.tracker.record(offset, length)
                 for snapshot in self.snapshots:
                     for offset, length in change.ranges:
                         self._save(snapshot, offset, length, change.deadline)

@@ -10,11 +10,17 @@ from dataclasses import dataclass
 
 from bitarray import bitarray
 
+from fleecing.block.bitfile import BitFile
 from fleecing.block.copy_before_write import CopyBeforeWrite, OnCbwError, same_instant
 from fleecing.block.file import FileNode
 from fleecing.block.hostfile import HostFile
 from fleecing.block.qcow2.node import TempImage
 from fleecing.block.snapshot_access import SnapshotAccess
+from fleecing.block.tracking import Tracker
+from fleecing.errors import ImageError
+from fleecing.units import align_up
+
+OnBroken = Callable[[SnapshotAccess, str], None]
 
 _freezing = threading.Lock()  # gates are closed by one at a time, or two freezes of the same disks might wait for ever
 
@@ -23,7 +29,9 @@ _freezing = threading.Lock()  # gates are closed by one at a time, or two freeze
 class SnapshotSpec:
     """What a snapshot of one disk is to be. Sizes in bytes, times in seconds; `cbw_timeout` 0 = none.
 
-    `temp_path` must not exist yet. `bitmap`: the clusters that belong to the snapshot; None = all.
+    `temp_path` and `trimmed_path` must not exist yet; without the latter the snapshot does not outlive the process.
+    `scope`: called at the very instant, gives the clusters that belong to the snapshot; None, or giving None = all.
+    `tracker`: records changes from the instant on, in the place of the one that did so before.
     """
 
     name: str
@@ -32,7 +40,9 @@ class SnapshotSpec:
     temp_limit: int | None = None
     on_cbw_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
     cbw_timeout: float = 45.0
-    bitmap: bitarray | None = None
+    trimmed_path: str | None = None
+    scope: Callable[[], bitarray | None] | None = None
+    tracker: Tracker | None = None
 
 
 def open_disk(path: str) -> CopyBeforeWrite:
@@ -44,7 +54,7 @@ def freeze(
     pairs: Sequence[tuple[CopyBeforeWrite, SnapshotSpec]],
     *,
     drain_timeout: float,
-    on_broken: Callable[[SnapshotAccess, str], None],
+    on_broken: OnBroken,
 ) -> list[SnapshotAccess]:
     """Take one snapshot of each disk, all of the same instant: all of them, or none and nothing left behind.
 
@@ -56,8 +66,13 @@ def freeze(
     snapshots: list[SnapshotAccess] = []
 
     def install() -> None:
-        for snapshot in snapshots:
-            snapshot.disk.attach(snapshot)
+        for snapshot, (_, spec) in zip(snapshots, pairs, strict=True):
+            if spec.scope is not None:
+                snapshot.clusters.set_scope(spec.scope())
+        for snapshot, (disk, spec) in zip(snapshots, pairs, strict=True):
+            disk.attach(snapshot)
+            if spec.tracker is not None:
+                disk.tracker = spec.tracker
 
     try:
         for disk, spec in pairs:
@@ -72,11 +87,11 @@ def freeze(
     return snapshots
 
 
-def _prepare(
-    disk: CopyBeforeWrite, spec: SnapshotSpec, on_broken: Callable[[SnapshotAccess, str], None]
-) -> SnapshotAccess:
-    host = HostFile.create(spec.temp_path)
-    try:
+def _prepare(disk: CopyBeforeWrite, spec: SnapshotSpec, on_broken: OnBroken) -> SnapshotAccess:
+    with contextlib.ExitStack() as undo:
+        host = HostFile.create(spec.temp_path)
+        undo.callback(_unlink, spec.temp_path)
+        undo.callback(host.close)
         temp = TempImage.create(
             host,
             size=disk.size,
@@ -85,19 +100,66 @@ def _prepare(
             backing_format="raw",
             limit=spec.temp_limit,
         )
-        return SnapshotAccess(
-            spec.name,
-            disk,
-            temp,
-            cluster_size=spec.cluster_size,
-            on_cbw_error=spec.on_cbw_error,
-            cbw_timeout=spec.cbw_timeout,
-            temp_limit=spec.temp_limit,
-            bitmap=spec.bitmap,
-            on_broken=on_broken,
-        )
-    except BaseException:
-        host.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(spec.temp_path)
-        raise
+        trimmed = None
+        if spec.trimmed_path is not None:
+            trimmed = BitFile.create(spec.trimmed_path, size=disk.size, granularity=spec.cluster_size)
+            undo.callback(trimmed.remove)
+        snapshot = _snapshot(disk, spec, temp, trimmed, None, None, on_broken)
+        undo.pop_all()
+    return snapshot
+
+
+def revive(disk: CopyBeforeWrite, spec: SnapshotSpec, scope: bitarray | None, *, on_broken: OnBroken) -> SnapshotAccess:
+    """Go on with the snapshot that an earlier process left in `spec`'s files; before anybody writes to the disk.
+
+    What temp has linked is copied; a trim that was under way is finished. A snapshot that broke comes back broken, with
+    its reason. Raises OSError and ImageError where the files are not there, damaged, or not of this disk.
+    """
+    assert spec.trimmed_path is not None
+    with contextlib.ExitStack() as undo:
+        trimmed = BitFile.open(spec.trimmed_path)
+        undo.callback(trimmed.close)
+        if (trimmed.size, trimmed.granularity) != (disk.size, spec.cluster_size):
+            raise ImageError(trimmed.path, -1, f"is of a disk of {trimmed.size} bytes, and this one has {disk.size}")
+        host = HostFile.open(spec.temp_path)
+        undo.callback(host.close)
+        temp = TempImage.open(host, spec.temp_limit)
+        if temp.cluster_size != spec.cluster_size or temp.size != align_up(disk.size, 512):
+            raise ImageError(spec.temp_path, -1, f"is a temp of {temp.size} bytes, not of this disk")
+        snapshot = _snapshot(disk, spec, temp, trimmed, scope, temp.linked(), on_broken)
+        snapshot.finish_trims()
+        if trimmed.note:
+            snapshot.clusters.broken = trimmed.note
+        else:
+            disk.attach(snapshot)
+        undo.pop_all()
+    return snapshot
+
+
+def _snapshot(
+    disk: CopyBeforeWrite,
+    spec: SnapshotSpec,
+    temp: TempImage,
+    trimmed: BitFile | None,
+    scope: bitarray | None,
+    done: bitarray | None,
+    on_broken: OnBroken,
+) -> SnapshotAccess:
+    return SnapshotAccess(
+        spec.name,
+        disk,
+        temp,
+        cluster_size=spec.cluster_size,
+        on_cbw_error=spec.on_cbw_error,
+        cbw_timeout=spec.cbw_timeout,
+        temp_limit=spec.temp_limit,
+        bitmap=scope,
+        trimmed=trimmed,
+        done=done,
+        on_broken=on_broken,
+    )
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)

@@ -25,6 +25,7 @@ from collections.abc import Callable
 
 from bitarray import bitarray
 
+from fleecing.block.bitfile import BitFile
 from fleecing.block.bitmap import bit_runs, clusters_touched, clusters_within
 from fleecing.block.block_copy import BlockCopy
 from fleecing.block.cluster_map import ClusterMap
@@ -55,6 +56,8 @@ class SnapshotAccess(Node):
         cbw_timeout: float,
         temp_limit: int | None = None,
         bitmap: bitarray | None = None,
+        trimmed: BitFile | None = None,
+        done: bitarray | None = None,
         on_broken: Callable[[SnapshotAccess, str], None],
     ) -> None:
         self.name = name
@@ -65,7 +68,9 @@ class SnapshotAccess(Node):
         self.cbw_timeout = cbw_timeout
         self.temp_limit = temp_limit  # bytes, None = none; `temp` keeps to it
         self._on_broken = on_broken
-        self.clusters = ClusterMap(disk.size, cluster_size, scope=bitmap, on_broken=self._broke)
+        self.clusters = ClusterMap(
+            disk.size, cluster_size, scope=bitmap, trimmed=trimmed, done=done, on_broken=self._broke
+        )
         self.copier = BlockCopy(disk.file, temp, self.clusters)
         self._source = disk.file
         self._ends = False  # being removed: what breaks it then is no news
@@ -272,11 +277,19 @@ class SnapshotAccess(Node):
             with clusters.lock:
                 if clusters.broken is not None:
                     raise SnapshotBroken(clusters.broken)
-                clusters.access[start:stop] = 0
-                clusters.copy[start:stop] = 0
+                clusters.trim(start, stop)
                 freed = self.temp.unlink(start, stop - start)
                 clusters.done[start:stop] = 0
             self.temp.release(freed)
+
+    def finish_trims(self) -> None:
+        """Free what is linked in temp and may not be read: trims that an earlier process did not get through with."""
+        clusters = self.clusters
+        for start, stop, readable in bit_runs(clusters.access, 0, clusters.count):
+            if not readable:
+                with clusters.lock:
+                    freed = self.temp.unlink(start, stop - start)
+                self.temp.release(freed)
 
     def write(self, offset: int, data: Buffer) -> None:
         raise OSError(errno.EROFS, "a snapshot cannot be written")
@@ -318,9 +331,26 @@ class SnapshotAccess(Node):
                 self.temp.drop()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.temp.file.path)
+            if self.clusters.trimmed is not None:
+                self.clusters.trimmed.remove()
             self._removed = True
             self._close_if_unused()
 
     def _close_if_unused(self) -> None:
         if self._removed and not self._users:
             self.temp.close()
+
+    def suspend(self) -> None:
+        """Make all of the snapshot durable and give its files back, for the next process to go on with.
+
+        Only when no guest change and no client is left. Raises OSError where it could not be made durable.
+        """
+        self.disk.detach(self)
+        try:
+            self.temp.sync()
+            if self.clusters.trimmed is not None:
+                self.clusters.trimmed.sync()
+        finally:
+            self.temp.close()
+            if self.clusters.trimmed is not None:
+                self.clusters.trimmed.close()

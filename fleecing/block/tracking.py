@@ -16,6 +16,7 @@ time, syncs the bit file, and takes them out of the log. Regions where the guest
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from typing import Self
@@ -25,6 +26,8 @@ from bitarray import bitarray
 from fleecing.block.bitfile import BitFile
 from fleecing.block.bitmap import zeroes
 from fleecing.units import MiB, align_up
+
+log = logging.getLogger(__name__)
 
 REGIONS = 4096
 """Regions of the log at most; one sector of 512 bytes, which a disk writes whole or not at all."""
@@ -45,13 +48,13 @@ class IntentLog:
     def create(cls, path: str, region: int) -> Self:
         """A new, empty log, durable when this returns."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        log = cls(path, fd, region)
+        made = cls(path, fd, region)
         try:
-            log.write(zeroes(REGIONS))
+            made.write(zeroes(REGIONS))
         except BaseException:
-            log.remove()
+            made.remove()
             raise
-        return log
+        return made
 
     @classmethod
     def open(cls, path: str, region: int) -> Self:
@@ -95,23 +98,24 @@ def region_size(size: int, granularity: int) -> int:
 class Tracker:
     """Records changes in one checkpoint's bit file. Any thread may call; a change that records is inside the gate."""
 
-    def __init__(self, bits: BitFile, log: IntentLog) -> None:
+    def __init__(self, bits: BitFile, intents: IntentLog) -> None:
         self.file = bits
-        self.log = log
+        self.log = intents
         self._bits = bits.bits
         self._shift = bits.granularity.bit_length() - 1
-        self._region_shift = log.region.bit_length() - 1
+        self._region_shift = intents.region.bit_length() - 1
         # The first change of a cluster sets its bit under this lock, and only where `_open` has its region; so when
         # `settle` has closed a region, every bit that was promised there is set.
         self._lock = threading.Lock()
-        self._open = log.read()  # regions that are in the log; under _lock, as is the next
+        self._open = intents.read()  # regions that are in the log; under _lock, as is the next
         self._used = zeroes(REGIONS)  # regions where a bit was set since the last `settle`
+        self.failed = bits.note or None  # why nothing is recorded any more; set once
         self._log_lock = threading.Lock()  # orders writes of the log; taken before _lock
 
     def record_now(self, offset: int, length: int) -> bool:
         """Record a change that is about to be made, if that takes no waiting; else record nothing, return False."""
         bits, first, end = self._bits, offset >> self._shift, (offset + length - 1 >> self._shift) + 1
-        if bits.find(0, first, end) < 0:
+        if bits.find(0, first, end) < 0 or self.failed is not None:
             return True
         shift = self._region_shift
         region, region_end = offset >> shift, (offset + length - 1 >> shift) + 1
@@ -123,15 +127,36 @@ class Tracker:
         return True
 
     def record(self, offset: int, length: int) -> None:
-        """Record a change that is about to be made; may wait for the disk. Raises OSError, and then nothing is."""
+        """Record a change that is about to be made; may wait for the disk.
+
+        The guest comes first: where the log cannot be written, the record is given up for good and says so.
+        """
         while not self.record_now(offset, length):
-            shift = self._region_shift
-            with self._log_lock:
-                regions = self._open.copy()
-                regions[offset >> shift : (offset + length - 1 >> shift) + 1] = 1
-                self.log.write(regions)
-                with self._lock:
-                    self._open = regions
+            try:
+                self._log_regions(offset, length)
+            except OSError as e:
+                self.give_up(f"the write-intent log {self.log.path} could not be written: {e.strerror}")
+
+    def _log_regions(self, offset: int, length: int) -> None:
+        shift = self._region_shift
+        with self._log_lock:
+            regions = self._open.copy()
+            regions[offset >> shift : (offset + length - 1 >> shift) + 1] = 1
+            self.log.write(regions)
+            with self._lock:
+                self._open = regions
+
+    def give_up(self, reason: str) -> None:
+        """Changes are not recorded any more: from this checkpoint on nobody knows what changed. The first reason stays.
+
+        Kept with the bits, before the change goes on: the next process knows, too.
+        """
+        with self._lock:
+            if self.failed is not None:
+                return
+            self.file.note = reason
+            self.failed = reason
+        log.error("changed blocks are not tracked any more: %s", reason)
 
     def settle(self) -> None:
         """Make the recorded bits durable and take the idle regions out of the log.
@@ -159,13 +184,13 @@ class Tracker:
         self.log.close()
 
 
-def recover(bits: BitFile, log: IntentLog) -> int:
+def recover(bits: BitFile, intents: IntentLog) -> int:
     """After a power loss: mark every cluster of the regions in the log; returns how many became marked by that."""
     before = bits.bits.count()
-    regions = log.read()
+    regions = intents.read()
     for number in regions.search(1):
-        first = number * log.region // bits.granularity
-        end = min(bits.count, align_up((number + 1) * log.region, bits.granularity) // bits.granularity)
+        first = number * intents.region // bits.granularity
+        end = min(bits.count, align_up((number + 1) * intents.region, bits.granularity) // bits.granularity)
         if first < end:
             bits.bits[first:end] = 1
     return bits.bits.count() - before

@@ -139,12 +139,14 @@ def test_settling_that_fails_forgets_nothing(tmp_path: Path) -> None:
     assert not tracker.record_now(GRAIN, 1)
 
 
-def test_log_that_cannot_be_written_lets_no_change_through(tmp_path: Path) -> None:
+def test_log_that_cannot_be_written_lets_the_guest_go_on_and_says_so_for_ever(tmp_path: Path) -> None:
     tracker = make(tmp_path)
     tracker.log.close()
-    with pytest.raises(OSError, match="descriptor"):
-        tracker.record(0, 1)
-    assert marked(tracker) == []
+    tracker.record(0, 1)
+    assert tracker.failed is not None
+    assert "could not be written: Bad file descriptor" in tracker.failed
+    assert tracker.record_now(5, 1)
+    assert BitFile.open(tracker.file.path).note == tracker.failed
 
 
 @pytest.mark.parametrize("size", [1, GiB, TiB, 64 * TiB, 64 * TiB + 1])

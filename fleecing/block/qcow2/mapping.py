@@ -17,6 +17,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import chain
 
+from bitarray import bitarray
+
+from fleecing.block import bitmap
 from fleecing.block.hostfile import HostFile
 from fleecing.block.qcow2 import layout
 from fleecing.block.qcow2.geometry import Geometry
@@ -76,6 +79,18 @@ class Mapping:
         self.entries.clear()
         self._tables.clear()
         self._spare = None
+
+    def linked(self, clusters: int) -> bitarray:
+        """A bit for each of the guest clusters, padded to a whole byte: whether it is mapped, data or zero."""
+        bits = bitmap.zeroes(clusters)
+        for index, table in self._tables.items():
+            base = index * self._per_table
+            count = min(self._per_table, clusters - base)
+            if table.mapped == table.zeroes == self._per_table:
+                bits[base : base + count] = 1
+            elif table.mapped:
+                bits[base : base + count] = bitarray(map(bool, self.entries[index][:count]))
+        return bits
 
     def link(self, first: int, host_offset: int, count: int) -> None:
         """Map unmapped clusters to data that lies at `host_offset` (bytes). All or nothing, whatever it raises."""

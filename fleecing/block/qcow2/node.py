@@ -19,6 +19,8 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 
+from bitarray import bitarray
+
 from fleecing.block.hostfile import HostFile
 from fleecing.block.qcow2 import geometry, header, layout
 from fleecing.block.qcow2.header import Header
@@ -159,6 +161,10 @@ class TempImage:
         Space that the host's file system does not give back is reused all the same.
         """
         self._release(merge(sorted((offset >> self._bits, count) for offset, count in runs if count)))
+
+    def linked(self) -> bitarray:
+        """A bit for each guest cluster, padded to a whole byte, least significant first: whether it is mapped."""
+        return self._mapping.linked(self.clusters)
 
     def host_offset(self, cluster: int) -> int:
         """0 = unmapped, 1 = zero cluster, else the host offset (bytes) of the guest cluster's data."""
