@@ -190,11 +190,10 @@ class Line(Wire):
         """At a test's end, however it went."""
         self.connection.kill()
         self.sock.close()
-        if self.connection.export.changes is not None:
-            host = self.connection.export.changes.file.host
-            assert isinstance(host, FaultyHost)
-            host.changes.open()
-            host.syncs.open()
+        changes = self.connection.export.changes
+        if changes is not None and isinstance(changes.file.host, FaultyHost):
+            changes.file.host.changes.open()
+            changes.file.host.syncs.open()
         self.wait_closed()
 
 
