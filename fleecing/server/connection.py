@@ -61,6 +61,7 @@ class Connection:
         self.export = export
         self.export_name = agreement.export.name
         self._sock = sock
+        self._tcp = sock.family != socket.AF_UNIX
         self._mode = agreement.mode
         extended = agreement.mode is ReplyMode.EXTENDED
         self._header = EXTENDED_REQUEST if extended else REQUEST
@@ -146,6 +147,12 @@ class Connection:
             self._start, self._end = 0, rest
         received = self._sock.recv_into(self._view[self._end :])
         self._end += received
+        if self._tcp and received and self._end < RECEIVE_SIZE:
+            # TCP hands over what one segment brought; what came in meanwhile makes the batch larger.
+            try:
+                self._end += self._sock.recv_into(self._view[self._end :], 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                pass
         return received > 0
 
     # Cut.
