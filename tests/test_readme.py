@@ -1,0 +1,184 @@
+"""The README is true: its commands are run for real. (Its tables: test_readme_tables.py.)
+
+Every console block runs in a scratch folder (tests/console.py), the recipes against the server of the tour. What needs
+a machine (QEMU's arguments, nbd-client) runs with the guest of tests/guest. `./scripts/test` is what runs this.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from fleecing.errors import ControlError
+from tests.console import Block, Session, read_blocks
+from tests.guest.guest import HOST, Guest
+from tests.images import MIB, make_image
+from tests.peers import run, run_any
+from tests.serving import ROOT, Serve, Server
+
+README = ROOT / "README.md"
+BLOCKS = read_blocks(README.read_text())
+
+QUICK_START = "Quick start"
+TOUR = ["Serve a disk", "Write to it", "Freeze it", "Read it", "Trim it", "Delete it"]
+BEFORE_RECIPES = TOUR[:2]
+"""What the recipes go on from."""
+
+_RUN = [block.section for block in BLOCKS if block.info == "console"]
+RECIPES = [section for section in dict.fromkeys(_RUN) if section not in (QUICK_START, *TOUR)]
+
+
+def blocks_of(*sections: str) -> list[Block]:
+    return [block for block in BLOCKS if block.section in sections]
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Iterator[Session]:
+    """A shell in the checkout. The page's folder of the tour is the test's."""
+    home = tmp_path / "home"
+    home.mkdir()
+    places = {"/tmp/tour": tmp_path / "tour", "/home/ann/fleecing": ROOT}
+    with Session(README, ROOT, home, places) as session:
+        yield session
+
+
+@pytest.fixture
+def installed(session: Session, tmp_path: Path) -> Session:
+    """With the command `fleecing`."""
+    command = tmp_path / "home/.local/bin/fleecing"
+    command.parent.mkdir(parents=True)
+    command.symlink_to(ROOT / "scripts/fleecing")
+    return session
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "vda.img"
+    make_image(path, 16 * MIB)
+    return path
+
+
+def test_the_quick_start(session: Session) -> None:
+    run(str(ROOT / "scripts/fleecing"), "--version")  # .venv is there from now on, if it was not
+    for block in blocks_of(QUICK_START):
+        session.run_block(block)
+
+
+def test_the_tour(installed: Session) -> None:
+    for block in blocks_of(*TOUR):
+        installed.run_block(block)
+
+
+@pytest.mark.parametrize("section", RECIPES)
+def test_a_recipe(installed: Session, section: str) -> None:
+    for block in blocks_of(*BEFORE_RECIPES, section):
+        installed.run_block(block)
+
+
+def test_pip_install_gives_the_command(tmp_path: Path) -> None:
+    """Without a network: what the package needs is in this environment already."""
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
+    run(sys.executable, "-m", "pip", "install", *options, "--target", str(tmp_path), str(ROOT))
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import fleecing; print(fleecing.__file__)"
+    assert run(sys.executable, "-P", "-c", code, str(tmp_path)) == f"{tmp_path}/fleecing/__init__.py\n"
+    assert (tmp_path / "bin/fleecing").read_text().count("from fleecing.cli.main import main") == 1
+    (metadata,) = tmp_path.glob("fleecing-*.dist-info/METADATA")
+    assert "# Fleecing\n" in metadata.read_text()
+
+
+# What needs a machine.
+
+
+def qemu_arguments(server: Server) -> list[str]:
+    """The words of the QEMU recipe's lines."""
+    lines = [line for block in blocks_of("QEMU") for line in block.lines]
+    return [word for line in lines for word in shlex.split(line.replace("/tmp/tour/nbd.sock", str(server.unix)))]
+
+
+def test_the_drive_of_the_recipe_is_what_the_server_prints(serve: Serve, image: Path) -> None:
+    """That QEMU takes it, and a machine works with it, is tests/guest/test_fleecing_guest.py."""
+    server = serve(image)
+    printed = server.child.wait_for_line("^  QEMU +(.*)")[1]
+    assert qemu_arguments(server)[:2] == shlex.split(printed)
+
+
+def test_a_machine_goes_on_when_its_server_is_killed_and_started_again(
+    serve: Serve, image: Path, tmp_path: Path
+) -> None:
+    """With the -blockdev of the recipe; the kernel's client attaches the same export meanwhile."""
+    server = serve(image)
+    arguments = qemu_arguments(server)[2:]
+    assert arguments[::2] == ["-blockdev", "-device"]
+    with Guest(tmp_path, arguments) as guest, ThreadPoolExecutor() as pool:
+        attach_with_the_kernel(guest, server)
+        server.kill()
+        write = "yes again | head -c 1048576 | dd of=/dev/vda bs=1M seek=2 conv=fsync iflag=fullblock"
+        writing = pool.submit(guest.check, write)
+        server = serve_again(server, image)
+        writing.result()
+    server.stop()
+    with image.open("rb") as disk:
+        disk.seek(2 * MIB)
+        assert disk.readline() == b"again\n"
+
+
+def attach_with_the_kernel(guest: Guest, server: Server) -> None:
+    (block,) = (block for block in BLOCKS if block.info == "console guest")
+    for step in block.steps():
+        code, output = guest.run(step.command.replace("server.example 10809", f"{HOST} {server.port}"))
+        assert (code, bool(output)) == (0, bool(step.output)), f"README.md:{step.line}: {output}"
+
+
+def serve_again(server: Server, image: Path) -> Server:
+    """The next server, with the same image, sockets and state."""
+    return Server(server.unix.parent, image)
+
+
+# Safety.
+
+
+def test_what_was_acknowledged_survives_a_kill_and_snapshots_do_not(serve: Serve, image: Path) -> None:
+    server = serve(image)
+    uri = server.snapshot(name="monday")
+    temp = server.temp("vda@monday")
+    run("qemu-io", "-f", "raw", "-c", "write -P 7 0 1M", server.uri())
+    server.kill()
+    assert temp.exists()
+    server = serve_again(server, image)
+    run("qemu-io", "-f", "raw", "-c", "read -P 7 0 1M", server.uri())
+    assert "WARNING leftover of an earlier run: snapshot vda@monday" in server.log
+    assert not temp.exists()
+    assert "No such file" in run_any("nbdinfo", uri).stderr
+    server.stop()
+
+
+def test_a_stop_deletes_snapshots(serve: Serve, image: Path) -> None:
+    server = serve(image)
+    server.snapshot(name="monday")
+    temp = server.temp("vda@monday")
+    server.stop()
+    assert not temp.exists()
+
+
+def test_an_image_that_was_resized_gets_no_snapshot(serve: Serve, image: Path) -> None:
+    server = serve(image)
+    os.truncate(image, 17 * MIB)
+    with pytest.raises(ControlError, match=r"has grown .* restart the server"):
+        server.snapshot()
+    assert "has grown" in server.status()["disks"][0]["problem"]
+
+
+def test_sockets_are_for_their_owner_alone(serve: Serve, image: Path) -> None:
+    server = serve(image)
+    assert [path.stat().st_mode & 0o777 for path in (server.unix, server.control_path)] == [0o600, 0o600]
+
+
+def test_other_programs_do_not_see_the_lock(serve: Serve, image: Path) -> None:
+    serve(image)
+    run("qemu-io", "-f", "raw", "-c", "write 0 64k", str(image))

@@ -1,0 +1,234 @@
+"""The README's reference is that of the code: every option, key, call, figure, limit, place and error."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import click
+import pytest
+
+from fleecing.block.extent import ClusterState
+from fleecing.cli.main import main
+from fleecing.control import manager, paths, sockets
+from fleecing.control.api import make_app
+from fleecing.control.config import DEFAULT_PORT, DiskSettings, ServerSettings
+from fleecing.control.models import DEFAULT_CBW_TIMEOUT
+from fleecing.control.names import NAME_RULE
+from fleecing.control.report import Reporter
+from fleecing.server import export, listener, meta_context, service
+from fleecing.units import KiB, format_size
+from tests.console import read_blocks
+from tests.images import MIB, make_image
+from tests.peers import run
+from tests.serving import ROOT, Serve
+
+PAGE = (ROOT / "README.md").read_text()
+WORDS = " ".join(PAGE.replace("`", "").split())
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "vda.img"
+    make_image(path, 16 * MIB)
+    return path
+
+
+def table(section: str) -> list[list[str]]:
+    """The cells of a section's table, without its head."""
+    start = PAGE.index(f"# {section}\n")
+    body = PAGE[start : PAGE.find("\n#", start)]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in body.splitlines() if line.startswith("| ")][1:]
+
+
+def rows(section: str) -> dict[str, str]:
+    """First cell without quotes: the last one."""
+    return {cells[0].strip("`"): cells[-1] for cells in table(section)}
+
+
+def commands(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
+    if isinstance(command, click.Group):
+        for word, inner in command.commands.items():
+            yield from commands(inner, f"{name} {word}")
+    else:
+        yield name, command
+
+
+def test_the_command_line_is_complete() -> None:
+    usage = next(block for block in read_blocks(PAGE) if block.section == "Command line")
+    shown = re.split(r"\n(?=fleecing)", "\n".join(usage.lines))
+    known = dict(commands(main, "fleecing"))
+    assert len(shown) == len(known)
+    for name, command in known.items():
+        (line,) = (text for text in shown if text.startswith(f"{name} "))
+        assert set(re.findall(r"--[a-z-]+", line)) == {
+            option.opts[0] for option in command.params if isinstance(option, click.Option)
+        }
+
+
+def test_the_rule_of_names_is_that_of_the_code() -> None:
+    assert f"are {NAME_RULE}." in WORDS
+
+
+def test_the_configuration_is_complete() -> None:
+    keys = rows("Configuration")
+    known = [field.alias for model in (ServerSettings, DiskSettings) for field in model.model_fields.values()]
+    assert list(keys) == ["[disk.NAME]" if key == "disk" else key for key in known]
+    assert f"127.0.0.1:{DEFAULT_PORT}" in keys["listen"]
+    assert keys["drain-seconds"] == f"{ServerSettings.model_fields['drain_seconds'].default:g}"
+    assert keys["cluster-size"] == f"{DiskSettings(path='/x').cluster_size // KiB}K"
+
+
+def test_the_control_api_is_complete() -> None:
+    class NoReporter:
+        manager = None
+
+    routes = make_app(cast(Reporter, NoReporter())).router.routes()
+    known = {f"{route.method} {route.resource.canonical}" for route in routes if route.resource is not None}
+    assert set(rows("Control API")) == {route for route in known if not route.startswith("HEAD")}
+
+
+def test_the_figures_for_prometheus_are_complete(serve: Serve, image: Path) -> None:
+    server = serve(image)
+    server.snapshot(temp_limit="1M")
+    text = run("curl", "-s", "--unix-socket", str(server.control_path), "http://localhost/metrics")
+    assert set(re.findall(r"`(fleecing_\w+)`", PAGE)) == set(re.findall(r"^(\w+){", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("kind", ["active disk", "snapshot"])
+def test_the_meta_contexts_are_those_of_the_exports(serve: Serve, image: Path, kind: str) -> None:
+    server = serve(image)
+    name = "vda" if kind == "active disk" else server.freeze("vda")[0]["export"]
+    where = ["all"] if kind == "active disk" else ["all", "snapshots"]
+    offered = re.findall(r"^\t\t([\w:-]+)$", run("nbdinfo", server.uri(name)), re.MULTILINE)
+    assert offered == [cells[0].strip("`") for cells in table("Meta contexts") if cells[1] in where]
+
+
+def test_the_states_of_clusters_are_those_of_the_code() -> None:
+    states = [f"{state.value} {state.name.lower().replace('_', ' ')}" for state in ClusterState]
+    assert rows("Meta contexts")[meta_context.CLUSTER_STATE] == ", ".join(states)
+
+
+def test_the_limits_are_those_of_the_code() -> None:
+    assert list(rows("Limits").values()) == [
+        f"{listener.MAX_CLIENTS}",
+        f"{listener.HANDSHAKE_SECONDS:g} s",
+        format_size(export.MAXIMUM_PAYLOAD),
+        f"{service.HELD_REQUESTS}, with {format_size(service.HELD_BYTES)} of payload",
+        "4 KiB to 2 MiB",
+        f"{manager.DRAIN_SECONDS:g} s, then it is refused",
+        f"{manager.REMOVE_SECONDS:g} s, then ask again",
+        f"{sockets.MAX_PATH} bytes",
+    ]
+    assert f"The default of {DEFAULT_CBW_TIMEOUT:g} is below" in WORDS
+
+
+@pytest.mark.parametrize("user, column", [(0, 1), (1000, 2)])
+def test_the_default_places_are_those_of_the_code(monkeypatch: pytest.MonkeyPatch, user: int, column: int) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.setenv("XDG_STATE_HOME", "$XDG_STATE_HOME")
+    environ = {"XDG_RUNTIME_DIR": "$XDG_RUNTIME_DIR"}
+    assert [cells[column].split("`")[1] for cells in table("Files")] == [
+        paths.default_control_path(environ),
+        paths.default_unix_path(environ),
+        paths.default_state_dir(),
+    ]
+
+
+# Errors on the wire.
+
+
+def refusal(nbd: ModuleType, handle: Any, request: Callable[[], object]) -> tuple[str, str]:
+    """What the server answers a request that it refuses: (error, text)."""
+    said: list[str] = []
+
+    def listen(_: str, message: str) -> int:
+        said.append(message.partition("server message: ")[2])
+        return 0
+
+    handle.set_debug_callback(listen)
+    handle.set_debug(True)
+    with pytest.raises(nbd.Error) as caught:
+        request()
+    handle.set_debug(False)
+    (text,) = filter(None, said)
+    return errno.errorcode[caught.value.errnum], text
+
+
+def assert_listed(refused: tuple[str, str]) -> None:
+    """The table has a row of this error and this text."""
+    error, text = refused
+    words = {r"\bN\b": r"\\d+", r"\bREQUEST\b": "[A-Z_]+", r"\bCAUSE\b": ".+"}
+    known, last = [], ""
+    for _, listed, cell in table("Errors on the wire"):
+        last = last if cell == "the same" else cell
+        pattern = re.escape(last.strip("`")).replace("\\ ", " ")
+        for word, meaning in words.items():
+            pattern = re.sub(word, meaning, pattern)
+        known.append((listed, pattern))
+    assert [row for row in known if row[0] == error and re.fullmatch(row[1], text)], (refused, known)
+
+
+@pytest.fixture
+def connect(libnbd: ModuleType) -> Callable[[str], Any]:
+    def handle(uri: str) -> Any:
+        made = libnbd.NBD()
+        made.set_strict_mode(0)
+        made.add_meta_context("base:allocation")
+        made.connect_uri(uri)
+        return made
+
+    return handle
+
+
+def test_what_is_trimmed_or_written_is_refused_as_listed(
+    serve: Serve, image: Path, libnbd: ModuleType, connect: Callable[[str], Any]
+) -> None:
+    handle = connect(serve(image).snapshot())
+    handle.trim(64 * KiB, 0)
+    assert_listed(refusal(libnbd, handle, lambda: handle.pread(1, 0)))
+    assert_listed(refusal(libnbd, handle, lambda: handle.cache(1, 0)))
+    assert_listed(refusal(libnbd, handle, lambda: handle.block_status(1, 0, lambda *_: 0)))
+    assert_listed(refusal(libnbd, handle, lambda: handle.pwrite(b"x", 0)))
+    assert_listed(refusal(libnbd, handle, lambda: handle.zero(1, 0)))
+
+
+@pytest.mark.parametrize("end", ["broken", "deleted"])
+def test_a_snapshot_that_has_ended_refuses_as_listed(
+    serve: Serve, image: Path, libnbd: ModuleType, connect: Callable[[str], Any], end: str
+) -> None:
+    server = serve(image)
+    handle = connect(server.snapshot(name="s", temp_limit="512K"))
+    if end == "broken":
+        run("qemu-io", "-f", "raw", "-c", "write 0 1M", server.uri())
+    else:
+        server.delete("vda@s")
+    for request in (
+        lambda: handle.pread(1, 0),
+        lambda: handle.cache(1, 0),
+        lambda: handle.block_status(1, 0, lambda *_: 0),
+        lambda: handle.trim(64 * KiB, 0),
+    ):
+        refused = refusal(libnbd, handle, request)
+        assert_listed(refused)
+        assert (refused[1] == "snapshot broken: deleted") == (end == "deleted")
+    assert end == "deleted" or server.show("vda@s")["state"] == "broken"
+
+
+def test_the_active_disk_refuses_as_listed(
+    serve: Serve, image: Path, libnbd: ModuleType, connect: Callable[[str], Any]
+) -> None:
+    server = serve(image)
+    handle = connect(server.uri())
+    size = handle.get_size()
+    assert_listed(refusal(libnbd, handle, lambda: handle.pwrite(b"x", size)))
+    assert_listed(refusal(libnbd, handle, lambda: handle.zero(1, size)))
+    assert_listed(refusal(libnbd, handle, lambda: handle.pread(1, size)))
+    assert_listed(refusal(libnbd, handle, lambda: handle.trim(1, size)))
+    server.snapshot(temp_limit="512K", on_cbw_error="break-guest-write")
+    assert_listed(refusal(libnbd, handle, lambda: handle.pwrite(bytes(512 * KiB), 0)))
