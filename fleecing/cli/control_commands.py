@@ -26,7 +26,7 @@ def snapshot() -> None:
 Examples:
   fleecing snapshot create vda
   fleecing snapshot create vda vdb --name monday --temp-limit 20G
-  qemu-img convert -O qcow2 "$(fleecing snapshot create vda)" vda.qcow2
+  qemu-img convert -f raw -O qcow2 "$(fleecing snapshot create vda)" vda.qcow2
 """
 )
 @click.argument("disks", metavar="DISK...", nargs=-1, required=True, type=NAME)
