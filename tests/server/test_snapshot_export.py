@@ -1,4 +1,4 @@
-"""The export of a snapshot: read and trim, what a guest changes saved first, and errors that tell their causes apart."""
+"""The export of a snapshot: read and trim, what a guest changes saved first, and errors that tell causes apart."""
 
 from __future__ import annotations
 
