@@ -44,6 +44,7 @@ PACKAGES = {
     "dpkg-deb": "dpkg",
     "e2fsck": "e2fsprogs",
     "fio": "fio",
+    "fsfreeze": "util-linux",
     "ldd": "libc-bin",
     "losetup": "mount",
     "mke2fs": "e2fsprogs",
