@@ -30,6 +30,7 @@ from fleecing.server.budget import Budget
 from fleecing.server.export import MAXIMUM_PAYLOAD, Export, answer_to
 from fleecing.server.outbox import GATHER, LARGEST_PIECE, Outbox
 from fleecing.server.service import Service
+from fleecing.server.tls import Stream, TlsSocket
 from fleecing.units import MiB
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class Connection:
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: Stream,
         peer: str,
         agreement: Agreement,
         export: Export,
@@ -134,6 +135,8 @@ class Connection:
         """Let the waiting requests end and answer, then hang up."""
         self._service.wait_idle()
         self._out.settle()
+        if isinstance(self._sock, TlsSocket):
+            self._sock.end()
         self._shutdown(socket.SHUT_RDWR)
         self._sock.close()
         self.export.release()

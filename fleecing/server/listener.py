@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 from collections.abc import Iterable
 from typing import Protocol
 
 from fleecing.errors import ProtocolError
-from fleecing.nbd.handshake import ExportCatalog, ServerHandshake
+from fleecing.nbd.handshake import ExportCatalog, ServerHandshake, TlsMode
 from fleecing.server.budget import Budget
 from fleecing.server.connection import Connection
 from fleecing.server.export import MAXIMUM_PAYLOAD, Export
+from fleecing.server.tls import Stream, TlsSocket
 from fleecing.units import KiB
 
 log = logging.getLogger(__name__)
@@ -43,9 +45,18 @@ class NbdServer:
     """Serves a catalog's exports on any number of listening sockets. All methods are for the loop's thread."""
 
     def __init__(
-        self, catalog: Catalog, *, handshake_seconds: float = HANDSHAKE_SECONDS, max_clients: int = MAX_CLIENTS
+        self,
+        catalog: Catalog,
+        *,
+        handshake_seconds: float = HANDSHAKE_SECONDS,
+        max_clients: int = MAX_CLIENTS,
+        tls_mode: TlsMode = TlsMode.OFF,
+        tls_context: ssl.SSLContext | None = None,
     ) -> None:
+        """`tls_context` is needed unless `tls_mode` is OFF."""
         self._catalog = catalog
+        self._tls_mode = tls_mode
+        self.tls_context = tls_context  # may be replaced at any time: later clients get the new one
         self._handshake_seconds = handshake_seconds
         self._max_clients = max_clients
         self._budget = Budget(_BUDGET)
@@ -138,32 +149,20 @@ class NbdServer:
     async def _haggle(self, sock: socket.socket, peer: str) -> Connection | None:
         loop = asyncio.get_running_loop()
         _tune(sock)
-        handshake = ServerHandshake(self._catalog)
+        handshake = ServerHandshake(self._catalog, tls=self._tls_mode)
         async with asyncio.timeout(self._handshake_seconds):
-            try:
-                while True:
-                    if reply := handshake.data_to_send():
-                        await loop.sock_sendall(sock, reply)
-                    if handshake.closing:
-                        return None
-                    if handshake.agreement is not None:
-                        break
-                    data = await loop.sock_recv(sock, _RECEIVE)
-                    if not data:
-                        log.debug("x %s hung up in the handshake", peer)
-                        return None
-                    handshake.receive(data)
-            except ProtocolError:
-                if reply := handshake.data_to_send():
-                    await loop.sock_sendall(sock, reply)
-                raise
+            stream = await self._drive(handshake, sock)
+        if handshake.agreement is None:
+            if not handshake.closing:
+                log.debug("x %s hung up in the handshake", peer)
+            return None
         export = self._catalog.open(handshake.agreement.export.name)
         if export is None:
             log.info("client %s dropped: %s is gone", peer, handshake.agreement.export.name)
             return None
         sock.setblocking(True)
         return Connection(
-            sock,
+            stream,
             peer,
             handshake.agreement,
             export,
@@ -171,6 +170,32 @@ class NbdServer:
             budget=self._budget,
             on_close=lambda connection: self._closed(loop, connection),
         )
+
+    async def _drive(self, handshake: ServerHandshake, sock: socket.socket) -> Stream:
+        """Carry bytes between the client and the handshake until it is over or the client hangs up."""
+        loop = asyncio.get_running_loop()
+        tls: TlsSocket | None = None
+
+        async def send() -> None:
+            if reply := handshake.data_to_send():
+                await (loop.sock_sendall(sock, reply) if tls is None else tls.send_all(reply))
+
+        await send()
+        while not handshake.done:
+            data = await (loop.sock_recv(sock, _RECEIVE) if tls is None else tls.receive(_RECEIVE))
+            if not data:
+                break
+            try:
+                handshake.receive(data)
+            finally:
+                await send()
+            if handshake.wants_tls:
+                assert self.tls_context is not None
+                tls = TlsSocket(sock, self.tls_context)
+                await tls.handshake()
+                handshake.tls_started()
+                await send()
+        return tls or sock
 
     def _closed(self, loop: asyncio.AbstractEventLoop, connection: Connection) -> None:
         """Called by the connection's thread at its end."""

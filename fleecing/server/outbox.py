@@ -15,6 +15,7 @@ import socket
 import threading
 from collections import deque
 
+from fleecing.server.tls import Stream
 from fleecing.units import KiB
 
 GATHER = 128 * KiB
@@ -32,7 +33,7 @@ _SIZE = GATHER + LARGEST_PIECE + KiB
 class Outbox:
     """The sending side of a connection. `view` up to `used` waits to go; only the connection's thread touches both."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: Stream) -> None:
         self._sock = sock
         self.view = memoryview(bytearray(_SIZE))
         self.used = 0
