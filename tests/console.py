@@ -45,7 +45,7 @@ _VOLATILE = (
     (re.compile(r"[\d.]+ [KMG]iB/s\b"), "RATE"),
     (re.compile(r"[\d.]+ [KMGT]iB(?= +nbd\+unix)"), "FREE"),  # of the temp folder, in tables
     (re.compile(r"--seed \d+"), "--seed N"),
-    (re.compile(r"fleecing-demo-\w+"), "fleecing-demo"),
+    (re.compile(r"[^\s=]*/fleecing-demo-\w+"), "/tmp/fleecing-demo"),
     (re.compile(r"(?<=\S)  +"), "  "),  # columns are as wide as their widest cell
 )
 # What the demo reports differs from run to run; that it adds up is its own test's matter.
@@ -134,7 +134,7 @@ class Session:
         self._home = home
         self._places = {name: str(path) for name, path in places.items()}
         system = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-        kept = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "LANG", "LC_"))}
+        kept = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "LANG", "LC_", "TMPDIR"))}
         self._env = {**kept, "HOME": str(home), "PATH": f"{home}/.local/bin:{system}", "COLUMNS": "64"}
         self._bash = subprocess.Popen(
             [require("bash"), "--norc"],

@@ -13,7 +13,7 @@ from typing import Any, cast
 import click
 import pytest
 
-from fleecing.block.extent import ClusterState
+from fleecing.block.extent import MAX_RUNS, ClusterState
 from fleecing.cli.main import main
 from fleecing.control import manager, paths, sockets
 from fleecing.control.api import make_app
@@ -126,6 +126,7 @@ def test_the_limits_are_those_of_the_code() -> None:
         f"{sockets.MAX_PATH} bytes",
     ]
     assert f"The default of {DEFAULT_CBW_TIMEOUT:g} is below" in WORDS
+    assert f"more than {MAX_RUNS:,} runs" in WORDS
 
 
 @pytest.mark.parametrize("user, column", [(0, 1), (1000, 2)])
@@ -138,6 +139,11 @@ def test_the_default_places_are_those_of_the_code(monkeypatch: pytest.MonkeyPatc
         paths.default_unix_path(environ),
         paths.default_state_dir(),
     ]
+
+
+def test_links_inside_the_page_lead_somewhere() -> None:
+    headings = [re.sub(r"[^a-z -]", "", text.lower()).replace(" ", "-") for text in re.findall(r"\n#+ (.*)", PAGE)]
+    assert set(re.findall(r"\]\(#([a-z-]+)\)", WORDS)) <= set(headings)
 
 
 # Errors on the wire.

@@ -35,10 +35,11 @@ class _Sentences(click.Group):
     epilog="""\b
 A first tour:
   truncate -s 1G vda.img
-  fleecing serve vda.img                  in one shell, goes on running
-  fleecing snapshot create vda            in another one, prints an NBD URI
-  nbdcopy "$(fleecing snapshot create vda)" backup.img
+  fleecing serve vda.img                            in one shell, goes on running
+  uri=$(fleecing snapshot create vda --name now)    in another one
+  nbdcopy "$uri" backup.img
   fleecing status
+  fleecing snapshot delete vda@now
 
 Every command explains itself: fleecing COMMAND --help
 """,
