@@ -40,15 +40,15 @@ def paste_lines(disks: Sequence[str], addresses: Addresses, program: str) -> Ite
     for number, disk in enumerate(disks):
         uri = addresses.uris(disk)[0]
         # QEMU: "," ends an option, ",," is a comma in its value
-        drive = f"file={uri.replace(',', ',,')},format=raw,if=virtio,discard=unmap"
+        # reconnect-delay: a server that is restarted within that many seconds costs the guest no error.
+        drive = f"file={uri.replace(',', ',,')},file.reconnect-delay=30,format=raw,if=virtio,discard=unmap"
         device = f"/dev/nbd{number}"
-        if addresses.unix:
-            client = ["nbd-client", "-unix", addresses.unix[0], device, "-name", disk]
-        else:
-            host, port = addresses.tcp[0]
-            client = ["nbd-client", _ANY.get(host, host), str(port), device, "-name", disk]
+        clients = [["nbd-client", "-unix", path, device, "-name", disk] for path in addresses.unix[:1]]
+        for host, port in addresses.tcp[:1]:
+            clients.append(["nbd-client", _ANY.get(host, host), str(port), device, "-name", disk])
         snapshot = ["snapshot", "create", disk, "--control", addresses.control]
         yield f"Disk {disk}:"
         yield f"  QEMU       -drive {shlex.quote(drive)}"
-        yield f"  kernel     {shlex.join(client)}"
+        for client in clients:
+            yield f"  kernel     {shlex.join(client)}"
         yield f"  snapshot   {program} {shlex.join(snapshot)}"

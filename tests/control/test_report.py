@@ -124,19 +124,20 @@ def test_uris_lead_with_the_unix_socket_and_name_a_host_that_works() -> None:
 
 def test_lines_to_paste_are_quoted_for_the_shell() -> None:
     lines = list(paste_lines(["vda", "vdb"], ADDRESSES, "fleecing"))
-    assert lines[:4] == [
+    assert lines[:5] == [
         "Disk vda:",
-        "  QEMU       -drive 'file=nbd+unix:///vda?socket=/run/a%20b/nbd.sock,format=raw,if=virtio,discard=unmap'",
+        "  QEMU       -drive 'file=nbd+unix:///vda?socket=/run/a%20b/nbd.sock,file.reconnect-delay=30,format=raw,if=virtio,discard=unmap'",
         "  kernel     nbd-client -unix '/run/a b/nbd.sock' /dev/nbd0 -name vda",
+        "  kernel     nbd-client 127.0.0.1 10809 /dev/nbd0 -name vda",
         "  snapshot   fleecing snapshot create vda --control /run/c.sock",
     ]
-    assert "/dev/nbd1 -name vdb" in lines[6]
+    assert "/dev/nbd1 -name vdb" in lines[7]
 
 
 def test_without_a_unix_socket_the_lines_name_the_port() -> None:
     lines = list(paste_lines(["vda"], Addresses((("::1", 5),), (), "/c"), "fleecing"))
     assert lines[1:3] == [
-        "  QEMU       -drive 'file=nbd://[::1]:5/vda,format=raw,if=virtio,discard=unmap'",
+        "  QEMU       -drive 'file=nbd://[::1]:5/vda,file.reconnect-delay=30,format=raw,if=virtio,discard=unmap'",
         "  kernel     nbd-client ::1 5 /dev/nbd0 -name vda",
     ]
 
