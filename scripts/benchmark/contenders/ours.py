@@ -1,0 +1,62 @@
+"""Fleecing itself, as an operator starts it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fleecing.cli.control_client import ControlClient
+from scripts.benchmark.contenders.tls import certificates, with_certificates
+from scripts.benchmark.house import House
+from scripts.benchmark.model import Offer, Transport
+from scripts.benchmark.process import Process, run
+
+NAME = "ours"
+
+_COMMAND = [sys.executable, "-P", "-m", "fleecing"]
+
+
+def lacks(house: House, transport: Transport) -> str:
+    """Why it cannot serve over this transport, or nothing."""
+    if transport is Transport.TLS and "--tls-dir" not in run([*_COMMAND, "serve", "--help"], house.log):
+        return "this version has no TLS"
+    return ""
+
+
+class Ours:
+    """A running server, and its control API."""
+
+    def __init__(self, child: Process, control: str) -> None:
+        self.child = child
+        self._control = ControlClient(control)
+        self.uri = str(self._control.request("GET", "/v1/disks")["disks"][0]["uris"][0])
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Offer]:
+        start = time.monotonic()
+        made = self._control.request("POST", "/v1/snapshots", {"disks": ["vda"], "name": f"s{time.monotonic_ns()}"})
+        seconds = time.monotonic() - start
+        info = made["snapshots"][0]
+        try:
+            yield Offer(self, self.uri, info["uris"][0], info["temp"]["path"], seconds)
+        finally:
+            self._control.request("DELETE", f"/v1/snapshots/vda@{info['name']}")
+
+
+@contextmanager
+def serve(house: House, image: Path, transport: Transport) -> Iterator[Ours]:
+    """Start it on this image."""
+    control, folder = house.path("ctl"), house.path("state")
+    listen = ["--unix", house.path("sock")] if transport is Transport.UNIX else ["--listen", "127.0.0.1:0"]
+    if transport is Transport.TLS:
+        listen += ["--tls", "require", "--tls-dir", certificates(house)]
+    command = [*_COMMAND, "serve", image, "--name", "vda", "--control", control, "--state-dir", folder, *listen]
+    with Process(command, house.log) as child:
+        child.wait_line("^Ready")
+        server = Ours(child, str(control))
+        if transport is Transport.TLS:
+            server.uri = with_certificates(house, server.uri)
+        yield server

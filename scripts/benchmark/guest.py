@@ -1,0 +1,117 @@
+"""A guest that writes while a snapshot is pulled, with TRIM behind the read head."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+from fleecing.units import KiB, MiB
+from scripts.benchmark.house import House
+from scripts.benchmark.load import MB, Fio
+from scripts.benchmark.model import Figures, Measure, Offer
+from scripts.benchmark.process import BenchError, Process, run
+
+_PULL = Path(__file__).with_name("trim_pull.py")
+_PYTHON = "/usr/bin/python3"  # python3-libnbd is made for it
+
+GUEST_RATE = 4000
+"""Writes/s of the guest in the rows of temp space."""
+
+PULL_SECONDS = 3.0
+"""How long a pull of those rows takes: its rate is limited, or it would be over before there is anything to see."""
+
+_LOOK_INTERVAL = 0.01
+
+
+class Writer:
+    """A fio that writes 4 KiB at random over the whole disk until it is told to stop; each request is logged."""
+
+    def __init__(self, house: House, uri: str, *, depth: int, rate: int) -> None:
+        self._logs = house.path("guest")
+        go = house.path("go")
+        os.mkfifo(go)
+        options = [f"--write_lat_log={self._logs}", "--log_unix_epoch=1", f"--exec_prerun=echo > {go}"]
+        if rate:
+            options.append(f"--rate_iops={rate}")
+        job = Fio("randwrite", 4 * KiB, depth, house.settings.size, seconds=300.0, options=tuple(options))
+        self._fio = Process(job.command(uri, house.path("fio.json")), house.log)
+        go.read_text()  # returns when it is about to write
+
+    def stop(self) -> list[tuple[float, int]]:
+        """End it; (milliseconds since the epoch, latency in ns) of each request."""
+        self._fio.signal(signal.SIGINT)
+        self._fio.wait()
+        self._fio.stop()
+        lines = Path(f"{self._logs}_clat.1.log").read_text().splitlines()
+        if not lines:
+            raise BenchError("the guest made no request")
+        fields = [line.split(",", 2) for line in lines]
+        return [(float(at), int(latency)) for at, latency, _ in fields]
+
+
+def during_pull(house: House, *, depth: int, rate: int = 0) -> Measure:
+    """A measure: the guest's rate and latencies while the snapshot is pulled at full speed, and the pull's speed."""
+
+    def measure(offer: Offer) -> Figures:
+        cpu = offer.server.child.cpu()
+        writer = Writer(house, offer.disk, depth=depth, rate=rate)
+        try:
+            report = _pull(house, offer.snapshot, trim=True)
+        finally:
+            samples = writer.stop()
+        began, ended = report["began"], report["ended"]
+        latencies = sorted(ns for at, ns in samples if began * 1000 <= at <= ended * 1000)
+        if not latencies:
+            raise BenchError("the guest made no request during the pull")
+        return {
+            "rate": len(latencies) / (ended - began),
+            "p50": latencies[len(latencies) // 2] / 1000,
+            "p99": latencies[len(latencies) * 99 // 100] / 1000,
+            "pull_mb": report["bytes"] / MB / (ended - began),
+            "cpu_gib": (offer.server.child.cpu() - cpu) / report["bytes"] * (1 << 30),
+        }
+
+    return measure
+
+
+def temp_peak(house: House) -> Measure:
+    """A measure: the most temp space of a pull with TRIM, against the same pull without, while the guest writes."""
+
+    def measure(offer: Offer) -> Figures:
+        with_trim = _peak(house, offer, trim=True)
+        with offer.server.snapshot() as another:
+            without = _peak(house, another, trim=False)
+        return {"peak": with_trim / MiB, "peak_share": with_trim / without}
+
+    return measure
+
+
+def _peak(house: House, offer: Offer, *, trim: bool) -> int:
+    """Bytes of disk space that temp had at most during a pull."""
+    writer = Writer(house, offer.disk, depth=16, rate=GUEST_RATE)
+    over = threading.Event()
+    peak = 0
+
+    def look() -> None:
+        nonlocal peak
+        while not over.wait(_LOOK_INTERVAL):
+            peak = max(peak, os.stat(offer.temp_path).st_blocks * 512)
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    try:
+        _pull(house, offer.snapshot, trim=trim, rate=house.settings.size / MB / PULL_SECONDS)
+    finally:
+        over.set()
+        looker.join()
+        writer.stop()
+    return peak
+
+
+def _pull(house: House, uri: str, *, trim: bool, rate: float = 0.0) -> dict[str, float]:
+    mode = "--trim" if trim else "--no-trim"
+    report: dict[str, float] = json.loads(run([_PYTHON, _PULL, uri, mode, f"{rate:.0f}"], house.log))
+    return report
