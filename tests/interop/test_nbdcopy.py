@@ -13,19 +13,18 @@ from tests.serving import Serve
 CONNECTIONS = pytest.mark.parametrize("connections", ["1", "4"])
 
 
-@CONNECTIONS
 @pytest.mark.parametrize("size", [*ODD_SIZES, 40 * MIB + 1])
-def test_a_snapshot_is_pulled_and_a_disk_restored(serve: Serve, tmp_path: Path, size: int, connections: str) -> None:
-    old = make_image(tmp_path / "disk.raw", size)
-    new = make_image(tmp_path / "new.raw", size, seed=1)
+def test_a_snapshot_is_pulled_and_a_disk_restored(serve: Serve, tmp_path: Path, size: int) -> None:
+    contents = [make_image(tmp_path / "disk.raw", size)]
     server = serve(tmp_path / "disk.raw")
-    for tcp in (False, True):
-        uri = server.snapshot(name=f"s{tcp}", tcp=tcp)
+    for connections, tcp in (("1", False), ("4", False), ("1", True), ("4", True)):
+        uri = server.snapshot(tcp=tcp)
+        contents.append(make_image(tmp_path / "new.raw", size, seed=len(contents)))
         run("nbdcopy", "-C", connections, str(tmp_path / "new.raw"), server.uri(tcp=tcp))
         run("nbdcopy", "-C", connections, uri, str(tmp_path / "pulled.raw"))
-        assert (tmp_path / "pulled.raw").read_bytes() == (new if tcp else old)
+        assert (tmp_path / "pulled.raw").read_bytes() == contents[-2]
     server.stop()
-    assert (tmp_path / "disk.raw").read_bytes() == new
+    assert (tmp_path / "disk.raw").read_bytes() == contents[-1]
 
 
 @CONNECTIONS

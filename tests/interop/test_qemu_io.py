@@ -76,10 +76,10 @@ def test_a_discard_frees_space_and_reads_as_zeroes(server: Server) -> None:
     assert allocated(Path(server.status()["disks"][0]["path"])) == before - MIB
 
 
-@pytest.mark.parametrize("command", ["write 0 4k", "write -f 1 1", "write 0 3M"])
-def test_a_snapshot_takes_no_writes(server: Server, command: str) -> None:
+def test_a_snapshot_takes_no_writes(server: Server) -> None:
     uri = server.snapshot(name="s")
-    assert "Operation not permitted" in refusal(uri, command)
+    for command in ("write 0 4k", "write -f 1 1", "write 0 3M"):
+        assert "Operation not permitted" in refusal(uri, command)
     assert server.show("vda@s")["state"] == "ready"
 
 
