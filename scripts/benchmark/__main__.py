@@ -11,13 +11,14 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 
 import click
 from rich.console import Console
 
-from fleecing.units import GiB
-from scripts.benchmark import chart, machine, table
+from fleecing.units import GiB, MiB
+from scripts.benchmark import chart, machine, micro, micro_stages, table
 from scripts.benchmark.contenders.table import OURS
 from scripts.benchmark.house import House, Settings
 from scripts.benchmark.model import Row
@@ -27,6 +28,7 @@ from scripts.benchmark.rows import all_rows
 from scripts.benchmark.runner import Runner
 
 QUICK = Settings(size=GiB, seconds=0.4, repeats=3, touch=GiB, writes=6000)
+MICRO = Settings(size=256 * MiB, seconds=0, repeats=1, touch=256 * MiB, writes=0)
 FULL = Settings(size=2 * GiB, seconds=0.8, repeats=3, touch=6 * GiB, writes=12000)
 
 QUICK_MINUTES, FULL_MINUTES = 3, 30
@@ -50,6 +52,9 @@ _VERSIONS = (
 @click.option(
     "--quick", is_flag=True, help=f"The rows that matter most, short samples: {QUICK_MINUTES} minutes at most."
 )
+@click.option(
+    "--micro", "micro_only", is_flag=True, help="Ours alone: ns of CPU a request and a stage. Needs no quiet machine."
+)
 @click.option("--list", "list_rows", is_flag=True, help="List the rows, and measure nothing.")
 @click.option("--repeats", type=click.IntRange(1, 99), help="Samples of each contender in each row; else 3.")
 @click.option("--seconds", type=click.FloatRange(0.1, 60), help="Length of a sample; else 0.8, or 0.4 with --quick.")
@@ -64,6 +69,7 @@ def main(
     *,
     quick: bool,
     list_rows: bool,
+    micro_only: bool,
     repeats: int | None,
     seconds: float | None,
     minutes: float | None,
@@ -82,6 +88,9 @@ def main(
     end = time.monotonic() + 60 * (minutes or (QUICK_MINUTES if quick else FULL_MINUTES)) - _LAST_WORDS
     try:
         check_tools()
+        if micro_only:
+            measure_micro(console, scratch, output)
+            return
         with House(scratch or Path(tempfile.gettempdir()), settings) as house:
             rows = choose(all_rows(house), names, quick=quick)
             if list_rows:
@@ -118,6 +127,17 @@ def measure(house: House, rows: Sequence[Row], end: float, talk: Console) -> lis
     adopt_orphans()
     with closing(machine.Spinners(house)) as spinners, talk.status("making the image") as status:
         return Runner(house, spinners, end, status.update).run(rows)
+
+
+def measure_micro(console: Console, scratch: Path | None, output: Path) -> None:
+    """The costs of a request, as lines that fit a commit message, and as JSON."""
+    figures: dict[str, float] = {}
+    with House(scratch or Path(tempfile.gettempdir()), MICRO) as house:
+        for title, nanoseconds in chain(micro_stages.stages(house), micro.requests(house)):
+            figures[title] = nanoseconds
+            console.print(f"{title:56} {nanoseconds:10,.0f} ns", highlight=False)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "micro.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def report(console: Console, output: Path, house: House, environment: dict[str, object], results: list[Result]) -> None:

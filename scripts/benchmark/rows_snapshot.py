@@ -108,7 +108,7 @@ def _guest(house: House) -> Iterator[Row]:
                 stage,
                 FLEECING,
                 fio(house, job),
-                shown=("rate", "p50", "p99"),
+                shown=("rate", "p50", "p99", "cpu"),
                 goals=goals,
                 awake=depth == 1,
                 quick=block == 4 and depth == 16,

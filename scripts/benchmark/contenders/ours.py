@@ -17,11 +17,13 @@ from scripts.benchmark.process import Process, run
 NAME = "ours"
 
 _COMMAND = [sys.executable, "-P", "-m", "fleecing"]
+_TREE = {"PYTHONPATH": str(Path(__file__).parents[3])}
+"""The version measured is the one beside these scripts, whatever is installed."""
 
 
 def lacks(house: House, transport: Transport) -> str:
     """Why it cannot serve over this transport, or nothing."""
-    if transport is Transport.TLS and "--tls-dir" not in run([*_COMMAND, "serve", "--help"], house.log):
+    if transport is Transport.TLS and "--tls-dir" not in run([*_COMMAND, "serve", "--help"], house.log, env=_TREE):
         return "this version has no TLS"
     return ""
 
@@ -54,7 +56,7 @@ def serve(house: House, image: Path, transport: Transport) -> Iterator[Ours]:
     if transport is Transport.TLS:
         listen += ["--tls", "require", "--tls-dir", certificates(house)]
     command = [*_COMMAND, "serve", image, "--name", "vda", "--control", control, "--state-dir", folder, *listen]
-    with Process(command, house.log) as child:
+    with Process(command, house.log, env=_TREE) as child:
         child.wait_line("^Ready")
         server = Ours(child, str(control))
         if transport is Transport.TLS:
