@@ -144,4 +144,4 @@ def test_without_a_unix_socket_the_lines_name_the_port() -> None:
 
 def test_a_comma_in_a_path_does_not_end_qemus_option() -> None:
     (line,) = [line for line in paste_lines(["vda"], Addresses((), ("/a,b",), "/c"), "f") if "QEMU" in line]
-    assert "socket=/a,,b,format" in line
+    assert "socket=/a,,b,file." in line
