@@ -32,7 +32,7 @@ class Server:
     """A running `fleecing serve`. `images` is one path (disk "vda"), or several by the names of their disks.
 
     FOLDER gets the sockets, the state and the log; one server a folder. `options` go to the command line as they are.
-    `wrapper` is a program that runs the server, for instance prlimit.
+    `wrapper` is a program that runs the server, for instance prlimit. `start` it again after `stop` or `kill`.
     """
 
     def __init__(
@@ -44,24 +44,20 @@ class Server:
         self.state_dir = folder / "state"
         disks = {"vda": images} if isinstance(images, Path) else images
         what = [str(images), "--name", "vda"] if isinstance(images, Path) else ["--config", _config(folder, disks)]
-        command = [
-            *(
-                *wrapper,
-                sys.executable,
-                "-m",
-                "fleecing",
-                "serve",
-                *what,
-                "--unix",
-                str(self.unix),
-                "--listen",
-                "127.0.0.1:0",
-            ),
-            *("--control", str(self.control_path), "--state-dir", str(self.state_dir), *options),
-        ]
-        self.child = Child(command, folder, name="fleecing", env={"PYTHONPATH": str(ROOT)})
-        self._stopped = False
+        places = ["--unix", str(self.unix), "--listen", "127.0.0.1:0", "--control", str(self.control_path)]
+        places += ["--state-dir", str(self.state_dir)]
+        self._folder = folder
+        self._command = [*wrapper, sys.executable, "-m", "fleecing", "serve", *what, *places, *options]
+        self._starts = 0
         self.control = ControlClient(str(self.control_path), timeout=DEADLINE)
+        self.start()
+
+    def start(self, *options: str) -> None:
+        """Start it, again or for the first time; returns when it serves. `options` are for this time only."""
+        self._starts += 1
+        name = "fleecing" if self._starts == 1 else f"fleecing-{self._starts}"
+        self.child = Child([*self._command, *options], self._folder, name=name, env={"PYTHONPATH": str(ROOT)})
+        self._stopped = False
         try:
             self.port = int(self.child.wait_for_line(r"NBD on tcp:127\.0\.0\.1:(\d+)").group(1))
             self.child.wait_for_line("^Ready")

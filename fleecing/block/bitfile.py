@@ -67,7 +67,7 @@ class BitFile:
         try:
             # Space first: as blocks that read as zeroes, which takes no time that grows with the disk.
             os.posix_fallocate(fd, 0, _file_size(count))
-            os.pwrite(fd, _HEADER.pack(MAGIC, VERSION, granularity, size, count), 0)
+            os.pwrite(fd, header(size, granularity), 0)
             if bits is not None:
                 view, offset = memoryview(bits.tobytes()), HEAD
                 while view:
@@ -125,6 +125,11 @@ class BitFile:
             os.unlink(self.path)
         except FileNotFoundError:
             pass
+
+
+def header(size: int, granularity: int) -> bytes:
+    """All that is before the bits; sizes in bytes."""
+    return _HEADER.pack(MAGIC, VERSION, granularity, size, div_up(size, granularity)).ljust(HEAD, b"\0")
 
 
 def _file_size(count: int) -> int:

@@ -45,6 +45,26 @@ def clusters_within(offset: int, length: int, cluster_size: int, size: int) -> t
     return div_up(offset, cluster_size), last
 
 
+def rescale(bits: bitarray, granularity: int, wanted: int, size: int) -> bitarray:
+    """New bits for each `wanted` bytes of the same `size` bytes: set where any byte of the range had its bit set.
+
+    Both granularities are powers of two.
+    """
+    result = bits.copy()
+    while granularity < wanted:
+        if len(result) % 2:
+            result.append(0)
+        result = result[::2] | result[1::2]
+        granularity *= 2
+    while granularity > wanted:
+        finer = bitarray(2 * len(result), endian="little")
+        finer[::2] = result
+        finer[1::2] = result
+        result = finer
+        granularity //= 2
+    return little(result, div_up(size, wanted))
+
+
 def bit_runs(bits: bitarray, first: int, end: int) -> Iterator[tuple[int, int, int]]:
     """(start, stop, bit) for each run of equal bits in [first, end).
 

@@ -87,6 +87,15 @@ def freeze(
     return snapshots
 
 
+def at_instant(disk: CopyBeforeWrite, install: Callable[[], None], *, drain_timeout: float) -> None:
+    """Call `install` while no guest change is under way, for instance to put another tracker in place.
+
+    Raises TimeoutError, with nothing done, where the changes under way are not over in `drain_timeout` seconds.
+    """
+    with _freezing:
+        same_instant([disk], install, timeout=drain_timeout)
+
+
 def _prepare(disk: CopyBeforeWrite, spec: SnapshotSpec, on_broken: OnBroken) -> SnapshotAccess:
     with contextlib.ExitStack() as undo:
         host = HostFile.create(spec.temp_path)
@@ -128,6 +137,7 @@ def revive(disk: CopyBeforeWrite, spec: SnapshotSpec, scope: bitarray | None, *,
             raise ImageError(spec.temp_path, -1, f"is a temp of {temp.size} bytes, not of this disk")
         snapshot = _snapshot(disk, spec, temp, trimmed, scope, temp.linked(), on_broken)
         snapshot.finish_trims()
+        snapshot.copier.clusters_copied = snapshot.clusters.done.count()  # at least: what was trimmed is forgotten
         if trimmed.note:
             snapshot.clusters.broken = trimmed.note
         else:

@@ -7,25 +7,23 @@ and from connections' threads. Two dictionaries are all the shared state: `disks
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import threading
+import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from fleecing.block.copy_before_write import CopyBeforeWrite
-from fleecing.block.graph import SnapshotSpec, freeze, open_disk
 from fleecing.block.snapshot_access import SnapshotAccess
-from fleecing.control.config import DiskSettings, ServerSettings
+from fleecing.control.config import ServerSettings
+from fleecing.control.creation import REMOVE_SECONDS, Creation, forget_unfinished, undo_unfinished
+from fleecing.control.disk import Disk, Snapshot, open_image
+from fleecing.control.identity import TOUCH_SECONDS
 from fleecing.control.models import SnapshotRequest
-from fleecing.control.names import export_name
-from fleecing.control.store import DiskFolder
-from fleecing.errors import BlockError, ConfigError, ControlError, ImageError
+from fleecing.control.revival import revive_all
+from fleecing.control.ticker import Ticker
+from fleecing.errors import ConfigError, ControlError
 from fleecing.nbd.handshake import ExportInfo
-from fleecing.server.export import Export, active_export, snapshot_export
+from fleecing.server.export import Export
 from fleecing.units import format_size
 
 log = logging.getLogger(__name__)
@@ -33,62 +31,75 @@ log = logging.getLogger(__name__)
 DRAIN_SECONDS = 30.0
 """How long a creation waits for the guest's writes in flight."""
 
-REMOVE_SECONDS = 30.0
-"""How long a deletion waits for reads and copies in flight."""
+END_SECONDS = 5.0
+"""How long the end waits for guest changes that nobody waits for any more."""
 
-LEAST_FREE_CLUSTERS = 16
-"""Free space below this many clusters is a full temp folder."""
-
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
-
-
-@dataclass(frozen=True, eq=False)
-class Disk:
-    """A configured active image."""
-
-    name: str
-    settings: DiskSettings
-    node: CopyBeforeWrite
-    folder: DiskFolder
-    export: Export
-
-
-@dataclass(eq=False)
-class Snapshot:
-    """A frozen view of one disk."""
-
-    disk: Disk
-    name: str
-    created: datetime
-    request: SnapshotRequest
-    node: SnapshotAccess
-    export: Export
-    deletion: threading.Lock = field(default_factory=threading.Lock)
-    """Held while a deletion runs, so that a second one waits for the first."""
-    deleting: bool = False
-    """Set under `deletion`, never unset: a deletion that failed can only be asked for again."""
+SETTLE_SECONDS = 30.0
+"""How often what was recorded in memory is made durable."""
 
 
 class Manager:
     """Disks by name, snapshots by (disk, name); also the catalog that NBD connections are served from."""
 
     def __init__(self, settings: ServerSettings, *, drain_seconds: float = DRAIN_SECONDS) -> None:
-        """Open and lock every disk; free what an earlier server left behind.
+        """Open and lock every disk; go on with the snapshots that an earlier server left.
 
         Raises ConfigError for the first disk that cannot be had; the others are given back.
         """
         self._drain_seconds = drain_seconds
+        self._state_dir = settings.state_dir
         self.disks: dict[str, Disk] = {}
         self._snapshots: dict[tuple[str, str], Snapshot] = {}
         self._lock = threading.Lock()
         self._creation = threading.Lock()
+        self._tickers: list[Ticker] = []
+        opened: dict[str, Disk] = {}
         try:
-            for name, disk in settings.disk.items():
-                self.disks[name] = _open(name, disk, settings)
+            for name, wanted in settings.disk.items():
+                opened[name] = open_image(name, wanted, settings)
+            self._take_over(opened)
         except BaseException:
             self.close()
+            for disk in opened.values():
+                disk.close()
             raise
+        self._tickers = [
+            Ticker(self._touch, TOUCH_SECONDS, name="alive"),
+            Ticker(self._settle, SETTLE_SECONDS, name="settle"),
+        ]
+
+    def _take_over(self, opened: dict[str, Disk]) -> None:
+        """What was unfinished ends first; then one disk after the other: judged, its snapshots, and it may be served.
+
+        A disk moves from `opened` to `disks` when all that it needs to be closed well is known of it.
+        """
+        try:
+            undo_unfinished(self._state_dir, opened)
+            for name in list(opened):
+                disk = opened[name]
+                verdict = disk.keeper.judge()
+                found = revive_all(disk, verdict, _report_broken)
+                disk.keeper.begin()
+                self.disks[name] = opened.pop(name)
+                self._snapshots.update({(name, s.name): s for s in found})
+                log.info("disk %s opened: %s, raw, %s", name, disk.settings.path, format_size(disk.node.size))
+            forget_unfinished(self._state_dir, self.disks)
+        except OSError as e:
+            raise ConfigError(f"state folder {self._state_dir} cannot be used: {e}") from e
+
+    def _touch(self) -> None:
+        for disk in list(self.disks.values()):
+            try:
+                disk.keeper.touch()
+            except OSError as e:
+                log.error("disk %s: the sign of life cannot be given: %s", disk.name, e)
+
+    def _settle(self) -> None:
+        for disk in list(self.disks.values()):
+            try:
+                disk.keeper.persist()
+            except OSError as e:
+                log.error("disk %s: its state cannot be made durable: %s", disk.name, e)
 
     # What NBD clients may have (nbd.handshake.ExportCatalog)
 
@@ -128,7 +139,7 @@ class Manager:
         """All snapshots, or those of one disk, by disk and time of creation."""
         order = list(self.disks)
         found = [s for s in list(self._snapshots.values()) if disk is None or s.disk.name == disk]
-        return sorted(found, key=lambda s: (order.index(s.disk.name), s.created, s.name))
+        return sorted(found, key=lambda s: (order.index(s.disk.name), s.record.created, s.name))
 
     def snapshot(self, disk: str, name: str) -> Snapshot:
         """Raises ControlError where there is none of that name."""
@@ -151,41 +162,13 @@ class Manager:
                     raise ControlError(
                         409, f"disk '{disk.name}' has a snapshot '{name}' already: delete it or take another name"
                     )
-                _check_image(disk)
-                _check_space(disk, name)
-            made = self._freeze(disks, name, request)
+            made = Creation(
+                self._state_dir, disks, name, request, drain_seconds=self._drain_seconds, on_broken=_report_broken
+            ).run()
             with self._lock:
                 self._snapshots.update({(s.disk.name, s.name): s for s in made})
         for snapshot in made:
             log.info("snapshot %s created, temp %s", snapshot.export.name, snapshot.node.temp_path)
-        return made
-
-    def _freeze(self, disks: Sequence[Disk], name: str, request: SnapshotRequest) -> list[Snapshot]:
-        with ExitStack() as undo:
-            pairs = []
-            for disk in disks:
-                try:
-                    temp_path = disk.folder.add_snapshot(name)
-                except OSError as e:
-                    raise _creation_error(disk, name, e) from e
-                undo.callback(disk.folder.remove_snapshot, name)
-                pairs.append((disk.node, _spec(disk, name, temp_path, request)))
-            try:
-                nodes = freeze(pairs, drain_timeout=self._drain_seconds, on_broken=_report_broken)
-            except TimeoutError:
-                raise ControlError(
-                    503,
-                    f"snapshot '{name}' was not made: writes of the guest took longer than "
-                    f"{self._drain_seconds:g} s to end; look at the disk's health and try again",
-                ) from None
-            except OSError as e:
-                raise _creation_error(disks[0], name, e) from e
-            except BlockError as e:
-                reason = e.text if isinstance(e, ImageError) else str(e)
-                raise ControlError(409, f"snapshot '{name}' was not made: {reason}") from e
-            created = datetime.now(UTC)
-            made = [_snapshot(disk, name, created, request, node) for disk, node in zip(disks, nodes, strict=True)]
-            undo.pop_all()
         return made
 
     def _free_name(self, disks: Sequence[Disk]) -> str:
@@ -212,6 +195,7 @@ class Manager:
                 return False
             snapshot.deleting = True
             try:
+                snapshot.disk.folder.forget_snapshot(name)
                 snapshot.node.remove(REMOVE_SECONDS)
                 snapshot.disk.folder.remove_snapshot(name)
             except TimeoutError:
@@ -228,121 +212,36 @@ class Manager:
         return True
 
     def close(self) -> None:
-        """Delete every snapshot, flush and give back every disk; then there is none. Twice does no harm.
+        """Make everything durable and give the disks back; then there is none. Twice does no harm.
 
-        Waits for a creation that is under way; none starts any more.
+        Snapshots stay, for the next server to go on with. Waits for a creation that is under way; none starts any more.
         """
         with self._creation:
-            self._close()
-
-    def _close(self) -> None:
-        for snapshot in self.snapshots():
-            try:
-                self.delete(snapshot.disk.name, snapshot.name)
-            except ControlError as e:
-                log.error("%s", e)
-        while self.disks:
-            _, disk = self.disks.popitem()
-            try:
-                disk.node.flush()
-            except OSError as e:
-                log.error("disk %s: %s could not be flushed: %s", disk.name, disk.settings.path, e)
-            disk.node.close()
-            disk.folder.close()
+            while self._tickers:
+                self._tickers.pop().close()
+            while self.disks:
+                _, disk = self.disks.popitem()
+                snapshots = [s for s in self._snapshots.values() if s.disk is disk]
+                _end(disk, snapshots)
+                disk.close()
+            self._snapshots.clear()
 
 
-def _open(name: str, settings: DiskSettings, server: ServerSettings) -> Disk:
-    """The image first: a name that is misspelt makes no state folder."""
-    start = f"image {settings.path} of disk '{name}'"
+def _end(disk: Disk, snapshots: Sequence[Snapshot]) -> None:
+    """Nobody changes the disk from here on. Where not all becomes durable, the next start takes it for killed."""
+    disk.node.gate.close()
+    if not disk.node.gate.wait_empty(time.monotonic() + END_SECONDS):
+        log.error("disk %s: a change of the guest does not end; its snapshots are left as they are", disk.name)
+        return
     try:
-        _refuse_qcow2(settings)
-        node = open_disk(settings.path)
+        for snapshot in snapshots:
+            with snapshot.deletion:
+                if not snapshot.deleting:
+                    snapshot.node.suspend()
+        disk.node.flush()
+        disk.keeper.end()
     except OSError as e:
-        raise ConfigError(f"{start} cannot be opened: {e.strerror}") from None
-    except ImageError as e:
-        raise ConfigError(f"{start} {e.text}") from None
-    try:
-        folder = DiskFolder(server.state_dir, name, server.temp_dir)
-    except BaseException:
-        node.close()
-        raise
-    _free_leftovers(folder)
-    log.info("disk %s opened: %s, raw, %s", name, settings.path, format_size(node.size))
-    export = active_export(name, "active disk, read-write", node, cluster_size=settings.cluster_size)
-    return Disk(name, settings, node, folder, export)
-
-
-def _refuse_qcow2(settings: DiskSettings) -> None:
-    """Nobody who names a qcow2 file without its format wants its raw bytes served."""
-    if settings.format is None:
-        with open(settings.path, "rb", buffering=0) as image:
-            if image.read(4) == b"QFI\xfb":
-                raise ImageError(
-                    settings.path,
-                    -1,
-                    "is a qcow2 image and this release serves raw ones only: convert it with "
-                    "`qemu-img convert -O raw`, or give the format raw to serve the bytes of the file as they are",
-                )
-
-
-def _free_leftovers(folder: DiskFolder) -> None:
-    """Snapshots of a server that was killed cannot be continued; their space is freed."""
-    for name in list(folder.leftovers()):
-        what = f"leftover of an earlier run: snapshot {export_name(folder.disk, name)}"
-        try:
-            log.warning("%s, %s of temp space freed", what, format_size(folder.remove_snapshot(name)))
-        except OSError as e:
-            log.error("%s could not be removed: %s", what, e)
-
-
-def _check_image(disk: Disk) -> None:
-    """Raises ControlError where the image was grown or shrunk under us."""
-    try:
-        disk.node.file.check_size()
-    except ImageError as e:
-        raise ControlError(409, f"image {e.path} of disk '{disk.name}' {e.text}") from None
-
-
-def _check_space(disk: Disk, name: str) -> None:
-    """Raises ControlError where the first copies would break the snapshot.
-
-    Making the temp file alone may not notice it: some file systems take blocks only when they write out.
-    """
-    try:
-        space = os.statvfs(disk.folder.temp_location())
-    except OSError as e:
-        raise _creation_error(disk, name, e) from e
-    if space.f_bavail * space.f_frsize < LEAST_FREE_CLUSTERS * disk.settings.cluster_size:
-        raise _creation_error(disk, name, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-
-
-def _spec(disk: Disk, name: str, temp_path: str, request: SnapshotRequest) -> SnapshotSpec:
-    return SnapshotSpec(
-        name=export_name(disk.name, name),
-        temp_path=temp_path,
-        cluster_size=disk.settings.cluster_size,
-        temp_limit=request.temp_limit,
-        on_cbw_error=request.on_cbw_error,
-        cbw_timeout=request.cbw_timeout,
-    )
-
-
-def _snapshot(disk: Disk, name: str, created: datetime, request: SnapshotRequest, node: SnapshotAccess) -> Snapshot:
-    description = f"snapshot of {disk.name}, {created:%Y-%m-%d %H:%M:%S} UTC"
-    export = snapshot_export(export_name(disk.name, name), description, node)
-    return Snapshot(disk, name, created, request, node, export)
-
-
-def _creation_error(disk: Disk, name: str, error: OSError) -> ControlError:
-    """The sentence for a temp file that cannot be made."""
-    start = f"snapshot '{export_name(disk.name, name)}' was not made: temp folder {disk.folder.temp_location()}"
-    if error.errno in _NO_SPACE:
-        return ControlError(507, f"{start} is full: free some space there, or serve with another --temp-dir")
-    if error.errno in _NOT_ALLOWED:
-        return ControlError(500, f"{start} is not writable: allow it, or serve with another --temp-dir")
-    if error.errno == errno.EEXIST:
-        return ControlError(409, f"{start} has something of that name in the way: remove {error.filename}")
-    return ControlError(500, f"{start} cannot take the temp file: {error.strerror}")
+        log.error("disk %s: not everything could be made durable: %s", disk.name, e)
 
 
 def _report_broken(node: SnapshotAccess, cause: str) -> None:

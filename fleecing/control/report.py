@@ -10,7 +10,8 @@ from datetime import UTC, datetime
 import fleecing
 from fleecing.block.extent import ClusterState
 from fleecing.control.addresses import Addresses
-from fleecing.control.manager import Disk, Manager, Snapshot
+from fleecing.control.disk import Disk, Snapshot
+from fleecing.control.manager import Manager
 from fleecing.control.models import (
     ClientInfo,
     ClusterCounts,
@@ -115,14 +116,14 @@ class Reporter:
             export=snapshot.export.name,
             state=_state(snapshot),
             broken=node.broken,
-            created=snapshot.created,
+            created=snapshot.record.created,
             size=node.size,
             cluster_size=node.cluster_size,
             clusters=ClusterCounts(**{STATE_NAMES[state]: count for state, count in counts.items()}),
             copied_total=node.clusters_copied_total,
             temp=TempInfo(path=node.temp_path, used=node.temp_used(), peak=node.temp_peak(), limit=node.temp_limit),
-            on_cbw_error=snapshot.request.on_cbw_error,
-            cbw_timeout=snapshot.request.cbw_timeout,
+            on_cbw_error=snapshot.record.on_cbw_error,
+            cbw_timeout=snapshot.record.cbw_timeout,
             clients=clients,
             uris=self.addresses.uris(snapshot.export.name),
         )

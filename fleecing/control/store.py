@@ -1,8 +1,15 @@
 """A disk's folder below the state folder, and where the temp files of its snapshots lie.
 
     STATE/DISK/                         locked (flock on the folder itself) by the one server that uses it
-      snapshots/NAME/temp.qcow2         the temp file, or with a temp folder a link to
+      disk.json  alive                  whether the image is the one that was served (identity.py)
+      checkpoints/                      changed blocks (checkpoint.py)
+      snapshots/NAME/snapshot.json      written last: without it the snapshot does not exist
+                     temp.qcow2         the temp file, or with a temp folder a link to
     TEMP/DISK@NAME-RANDOM.qcow2
+                     trimmed.bits       clusters that were trimmed, and why the snapshot broke
+                     scope.bits         clusters that belong to it, where it is incremental
+                     bitmap.bits        the dirty bitmap that a full one offers
+                     broken             why it can never be gone on with
 
 The link is made before the file: whatever a killed server leaves behind is found from the state folder alone, also when
 the next server has another temp folder. Only files that this module knows by name are ever removed.
@@ -19,9 +26,17 @@ from collections.abc import Iterator
 
 from fleecing.control.names import check_name
 from fleecing.control.paths import make_folder
+from fleecing.control.state import remove, sync_folder
 from fleecing.errors import ConfigError
 
 TEMP_NAME = "temp.qcow2"
+RECORD_NAME = "snapshot.json"
+TRIMMED_NAME = "trimmed.bits"
+SCOPE_NAME = "scope.bits"
+BITMAP_NAME = "bitmap.bits"
+BROKEN_NAME = "broken"
+
+_FILES = (RECORD_NAME, f"{RECORD_NAME}.new", TRIMMED_NAME, SCOPE_NAME, BITMAP_NAME, BROKEN_NAME)
 
 # Host file names have at most 255 bytes: both names of 128 would not fit
 _NAME_PART = 64
@@ -35,8 +50,10 @@ class DiskFolder:
         self.disk = disk
         self.path = os.path.join(state_dir, disk)
         self.snapshots = os.path.join(self.path, "snapshots")
+        self.checkpoints = os.path.join(self.path, "checkpoints")
         self.temp_dir = temp_dir
         make_folder(self.snapshots, "state folder")
+        make_folder(self.checkpoints, "state folder")
         if temp_dir is not None:
             make_folder(temp_dir, "temp folder")
         self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -75,6 +92,40 @@ class DiskFolder:
             raise
         return target
 
+    def snapshot_file(self, name: str, file: str) -> str:
+        """The path of a file of the snapshot; `file` is one of this module's names."""
+        return os.path.join(self.snapshots, name, file)
+
+    def sync_snapshot(self, name: str) -> None:
+        """The names of all that was made for the snapshot are durable when this returns."""
+        sync_folder(os.path.join(self.snapshots, name))
+        sync_folder(self.snapshots)
+
+    def mark_broken(self, name: str, reason: str) -> None:
+        """No server will go on with the snapshot; durable when this returns. The first reason stays."""
+        path = self.snapshot_file(name, BROKEN_NAME)
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            return
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            file.write(reason)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(os.path.dirname(path))
+
+    def broken_mark(self, name: str) -> str | None:
+        """What `mark_broken` wrote, or None. A server that died while it wrote leaves a mark without a reason."""
+        try:
+            with open(self.snapshot_file(name, BROKEN_NAME), encoding="utf-8", errors="replace") as file:
+                return file.read() or "nothing is known of the reason"
+        except FileNotFoundError:
+            return None
+
+    def forget_snapshot(self, name: str) -> None:
+        """The snapshot does not exist any more, durably; what is left of it is only space to be freed."""
+        remove(self.snapshot_file(name, RECORD_NAME))
+
     def remove_snapshot(self, name: str) -> int:
         """Take the snapshot's folder and temp file away; returns the bytes of disk space that this freed.
 
@@ -84,11 +135,13 @@ class DiskFolder:
         path = os.path.join(folder, TEMP_NAME)
         freed = 0
         try:
+            self.forget_snapshot(name)
             if os.path.islink(path):
                 freed = _unlink_regular(os.readlink(path))
                 os.unlink(path)
             else:
                 freed = _unlink_regular(path)
+            freed += sum(_unlink_regular(os.path.join(folder, file)) for file in _FILES)
             os.rmdir(folder)
         except FileNotFoundError:
             pass
@@ -97,8 +150,8 @@ class DiskFolder:
                 raise
         return freed
 
-    def leftovers(self) -> Iterator[str]:
-        """Names of the snapshots that an earlier server left behind; folders with foreign names are not ours."""
+    def kept_snapshots(self) -> Iterator[str]:
+        """Names of the snapshots that an earlier server left; folders with foreign names are not ours."""
         for entry in sorted(os.scandir(self.snapshots), key=lambda entry: entry.name):
             if not entry.is_dir(follow_symlinks=False):
                 continue

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from bitarray import bitarray
 
 from fleecing.block.copy_before_write import CopyBeforeWrite
+from fleecing.block.extent import Allocation
+from fleecing.block.lost_snapshot import LostSnapshot
 from fleecing.block.node import Node
 from fleecing.block.snapshot_access import SnapshotAccess
 from fleecing.errors import BlockError, ClusterUnreadable, RequestError, SnapshotBroken, TempLimitReached
 from fleecing.nbd.constants import BASE_ALLOCATION, NbdError, TransmissionFlag
 from fleecing.nbd.handshake import ExportInfo
 from fleecing.nbd.transmission import nbd_error
-from fleecing.server.meta_context import ALLOCATION_DEPTH, CLUSTER_STATE, Context, everything_allocated
+from fleecing.server.meta_context import (
+    ALLOCATION_DEPTH,
+    CLUSTER_STATE,
+    DIRTY_BITMAP,
+    Context,
+    beside_bitmap,
+    dirty_bitmap,
+    everything_allocated,
+)
 from fleecing.units import MiB
 
 log = logging.getLogger(__name__)
@@ -34,6 +47,15 @@ _SNAPSHOT = _BOTH
 same, for its info says that it is not writable."""
 
 
+@dataclass(frozen=True)
+class Bitmap:
+    """A dirty bitmap that an export offers: one bit for each `granularity` bytes, 1 = changed."""
+
+    name: str
+    bits: bitarray
+    granularity: int
+
+
 class Export:
     """What a connection serves. `changes` is the node as a filter whose changes may have to wait; None = read-only."""
 
@@ -43,13 +65,15 @@ class Export:
         node: Node,
         contexts: Mapping[str, Context],
         *,
+        beside_bitmap: Mapping[str, Context] | None = None,
         changes: CopyBeforeWrite | None = None,
         retain: Callable[[], None] | None = None,
         release: Callable[[], None] | None = None,
     ) -> None:
         self.info = info
         self.node = node
-        self.contexts = contexts
+        self._contexts = contexts
+        self._beside_bitmap = beside_bitmap or {}
         self.changes = changes
         self._retain = retain
         self._release = release
@@ -61,6 +85,13 @@ class Export:
     @property
     def description(self) -> str:
         return self.info.description
+
+    def contexts(self, names: Iterable[str]) -> list[Context]:
+        """Those that a client selected, in its order; some answer otherwise where a dirty bitmap is among them."""
+        chosen = list(names)
+        with_bitmap = any(name.startswith(DIRTY_BITMAP) for name in chosen)
+        known = {**self._contexts, **self._beside_bitmap} if with_bitmap else self._contexts
+        return [known[name] for name in chosen]
 
     def retain(self) -> None:
         """A connection starts to use the node."""
@@ -82,20 +113,45 @@ def active_export(name: str, description: str, disk: CopyBeforeWrite, *, cluster
     return Export(_info(name, description, disk.size, _ACTIVE, cluster_size, contexts), disk, contexts, changes=disk)
 
 
-def snapshot_export(name: str, description: str, snapshot: SnapshotAccess) -> Export:
-    """The export that a backup tool reads and trims."""
+def snapshot_export(name: str, description: str, snapshot: SnapshotAccess, bitmap: Bitmap | None = None) -> Export:
+    """The export that a backup tool reads and trims; `bitmap` is the one dirty bitmap that it offers."""
     contexts: dict[str, Context] = {
         BASE_ALLOCATION: snapshot.block_status,
         ALLOCATION_DEPTH: snapshot.allocation_depth,
         CLUSTER_STATE: snapshot.cluster_state,
     }
+    lenient: dict[str, Context] = {}
+    scope, cluster_size = snapshot.clusters.scope, snapshot.cluster_size
+
+    def check() -> None:
+        if snapshot.broken is not None:
+            raise SnapshotBroken(snapshot.broken)
+
+    if bitmap is not None:
+        contexts[DIRTY_BITMAP + bitmap.name] = dirty_bitmap(bitmap.bits, bitmap.granularity, check)
+        if scope is not None:
+            for context, outside in ((BASE_ALLOCATION, Allocation.DATA), (ALLOCATION_DEPTH, 2)):
+                lenient[context] = beside_bitmap(contexts[context], scope, cluster_size, outside, check)
     return Export(
-        _info(name, description, snapshot.size, _SNAPSHOT, snapshot.cluster_size, contexts),
+        _info(name, description, snapshot.size, _SNAPSHOT, cluster_size, contexts),
         snapshot,
         contexts,
+        beside_bitmap=lenient,
         retain=snapshot.retain,
         release=snapshot.release,
     )
+
+
+def lost_export(name: str, description: str, lost: LostSnapshot, bitmap: str | None) -> Export:
+    """The export of a snapshot that can never be read again: who comes back to it is told why."""
+    contexts: dict[str, Context] = {
+        BASE_ALLOCATION: lost.block_status,
+        ALLOCATION_DEPTH: lost.allocation_depth,
+        CLUSTER_STATE: lost.cluster_state,
+    }
+    if bitmap is not None:
+        contexts[DIRTY_BITMAP + bitmap] = lost.block_status
+    return Export(_info(name, description, lost.size, _SNAPSHOT, lost.cluster_size, contexts), lost, contexts)
 
 
 def _info(

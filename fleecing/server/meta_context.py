@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fleecing.block.extent import MAX_RUNS, Runs, total_length
+from bitarray import bitarray
+
+from fleecing.block.bitmap import bit_runs, clusters_touched
+from fleecing.block.extent import MAX_RUNS, Runs, append_run, total_length
 
 ALLOCATION_DEPTH = "qemu:allocation-depth"
 """0 = not allocated, 1 = in the top layer, 2 = in the layer below it (QEMU, docs/interop/nbd.rst)."""
 
 CLUSTER_STATE = "fleecing:cluster-state"
 """0 = untouched, 1 = copied, 2 = trimmed, 3 = not in the bitmap. Answered where a read is refused, too."""
+
+DIRTY_BITMAP = "qemu:dirty-bitmap:"
+"""Begins the name of a dirty bitmap's context: 1 = changed since the checkpoint, 0 = not."""
 
 Context = Callable[[int, int, int], Runs]
 """(offset, length, most runs) -> runs from `offset` on; the whole range unless that takes more runs."""
@@ -19,6 +25,54 @@ Context = Callable[[int, int, int], Runs]
 def everything_allocated(offset: int, length: int, max_runs: int) -> Runs:
     """A raw image has one layer, and all of it is there."""
     return [(length, 1)]
+
+
+def dirty_bitmap(bits: bitarray, granularity: int, check: Callable[[], None]) -> Context:
+    """The bitmap as a context; `bits` change no more. `check` raises where the snapshot is of no use any more."""
+
+    def status(offset: int, length: int, max_runs: int) -> Runs:
+        check()
+        runs: Runs = []
+        position, end = offset, offset + length
+        for _, stop, bit in bit_runs(bits, *clusters_touched(offset, length, granularity)):
+            until = min(end, stop * granularity)
+            append_run(runs, until - position, bit)
+            position = until
+            if len(runs) >= max_runs:
+                break
+        return runs
+
+    return status
+
+
+def beside_bitmap(
+    context: Context, scope: bitarray, granularity: int, outside: int, check: Callable[[], None]
+) -> Context:
+    """The context for a client that has the dirty bitmap, too: what is not in the `scope` is `outside`, no error.
+
+    virtnbdbackup walks over the whole disk with base:allocation and the bitmap together, and reads only what is dirty.
+    """
+
+    def status(offset: int, length: int, max_runs: int) -> Runs:
+        check()
+        runs: Runs = []
+        position, end = offset, offset + length
+        for _, stop, inside in bit_runs(scope, *clusters_touched(offset, length, granularity)):
+            until = min(end, stop * granularity)
+            if not inside:
+                append_run(runs, until - position, outside)
+            else:
+                for count, state in context(position, until - position, max_runs):
+                    append_run(runs, count, state)
+                    position += count
+                if position < until:
+                    break
+            position = until
+            if len(runs) >= max_runs:
+                break
+        return runs
+
+    return status
 
 
 def block_status(contexts: Sequence[Context], offset: int, length: int, *, one: bool) -> list[Runs]:

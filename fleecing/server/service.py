@@ -54,7 +54,9 @@ class Service:
         self.bytes_written = 0
         self._mode = agreement.mode
         self._limits = agreement.limits()
-        self._contexts = {number: export.contexts[name] for number, name in agreement.contexts}
+        numbers = [number for number, _ in agreement.contexts]
+        contexts = export.contexts(name for _, name in agreement.contexts)
+        self._contexts = dict(zip(numbers, contexts, strict=True))
         self._node = export.node
         self._changes = export.changes
         self._out = out

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from fleecing.control.config import make_settings
-from fleecing.control.manager import Manager, Snapshot
+from fleecing.control.disk import Snapshot
+from fleecing.control.manager import Manager
 from fleecing.control.models import SnapshotRequest
 from fleecing.errors import ConfigError, ControlError, SnapshotBroken
 from fleecing.units import KiB, MiB
@@ -62,7 +63,7 @@ def test_several_disks_are_frozen_under_one_name(manager: Manager) -> None:
     made = create(manager, "vdb", "vda", name="monday")
     assert [snapshot.export.name for snapshot in made] == ["vdb@monday", "vda@monday"]
     assert [snapshot.export.name for snapshot in manager.snapshots()] == ["vda@monday", "vdb@monday"]
-    assert made[0].created == made[1].created
+    assert made[0].record.created == made[1].record.created
 
 
 def test_names_made_of_the_time_are_unique(manager: Manager) -> None:
@@ -115,7 +116,7 @@ def test_guest_writes_that_do_not_end_undo_the_creation(manager: Manager, tmp_pa
 
 def test_a_temp_folder_that_has_gone_is_named(manager: Manager, tmp_path: Path) -> None:
     (tmp_path / "state" / "vdb" / "snapshots").rmdir()
-    assert "state/vdb/snapshots cannot take the temp file: No such file" in refusal(500, manager, "vda", "vdb")
+    assert "state/vdb/snapshots cannot take its files: No such file" in refusal(500, manager, "vda", "vdb")
     assert traces(tmp_path) == []
 
 
@@ -225,7 +226,7 @@ def test_the_empty_name_is_the_only_disk(tmp_path: Path) -> None:
     manager.close()
 
 
-def test_leftovers_of_a_killed_server_are_reported_and_freed(
+def test_a_folder_without_a_record_is_reported_and_freed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, manager: Manager
 ) -> None:
     manager.close()
@@ -238,11 +239,14 @@ def test_leftovers_of_a_killed_server_are_reported_and_freed(
     assert traces(tmp_path) == []
 
 
-def test_closing_frees_every_snapshot_and_gives_the_images_back(manager: Manager, tmp_path: Path) -> None:
+def test_closing_keeps_every_snapshot_and_gives_the_images_back(manager: Manager, tmp_path: Path) -> None:
     create(manager, "vda", "vdb")
+    manager.disks["vda"].node.write(0, b"\2" * MiB)
     manager.close()
-    assert traces(tmp_path) == []
-    start(tmp_path).close()
+    again = start(tmp_path)
+    assert [snapshot.export.name for snapshot in again.snapshots()] == ["vda@s", "vdb@s"]
+    assert again.snapshot("vda", "s").node.read(0, SIZE) == b"\1" * SIZE
+    again.close()
 
 
 def test_a_disk_that_cannot_be_had_gives_the_others_back(manager: Manager, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_leftovers_are_found_by_the_next_one_and_foreign_things_are_not(tmp_path
     (snapshots / "file").touch()
     folder.close()
     again = DiskFolder(str(tmp_path), "vda", None)
-    assert list(again.leftovers()) == ["a", "b"]
+    assert list(again.kept_snapshots()) == ["a", "b"]
     again.close()
 
 
@@ -67,7 +67,7 @@ def test_a_link_to_what_is_no_regular_file_loses_the_link_only(tmp_path: Path) -
     target.mkdir()
     assert folder.remove_snapshot("s") == 0
     assert target.is_dir()
-    assert list(folder.leftovers()) == []
+    assert list(folder.kept_snapshots()) == []
     folder.close()
 
 

@@ -1,0 +1,89 @@
+"""A configured disk and its snapshots, as everything in the control plane passes them around."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+from fleecing.block.copy_before_write import CopyBeforeWrite
+from fleecing.block.graph import open_disk
+from fleecing.block.lost_snapshot import LostSnapshot
+from fleecing.block.snapshot_access import SnapshotAccess
+from fleecing.control.config import DiskSettings, ServerSettings
+from fleecing.control.identity import Keeper
+from fleecing.control.state import SnapshotRecord
+from fleecing.control.store import DiskFolder
+from fleecing.errors import ConfigError, ImageError
+from fleecing.server.export import Export, active_export
+
+
+@dataclass(frozen=True, eq=False)
+class Disk:
+    """A configured active image."""
+
+    name: str
+    settings: DiskSettings
+    node: CopyBeforeWrite
+    folder: DiskFolder
+    keeper: Keeper
+    export: Export
+
+    def close(self) -> None:
+        """Give image and folder back; what they hold stays as it is."""
+        self.node.close()
+        self.keeper.close()
+        self.folder.close()
+
+
+@dataclass(eq=False)
+class Snapshot:
+    """A frozen view of one disk."""
+
+    disk: Disk
+    record: SnapshotRecord
+    node: SnapshotAccess | LostSnapshot
+    export: Export
+    deletion: threading.Lock = field(default_factory=threading.Lock)
+    """Held while a deletion runs, so that a second one waits for the first."""
+    deleting: bool = False
+    """Set under `deletion`, never unset: a deletion that failed can only be asked for again."""
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+
+def open_image(name: str, settings: DiskSettings, server: ServerSettings) -> Disk:
+    """Open and lock image and folder; the image first: a name that is misspelt makes no state folder.
+
+    Raises ConfigError.
+    """
+    start = f"image {settings.path} of disk '{name}'"
+    try:
+        _refuse_qcow2(settings)
+        node = open_disk(settings.path)
+    except OSError as e:
+        raise ConfigError(f"{start} cannot be opened: {e.strerror}") from None
+    except ImageError as e:
+        raise ConfigError(f"{start} {e.text}") from None
+    try:
+        folder = DiskFolder(server.state_dir, name, server.temp_dir)
+    except BaseException:
+        node.close()
+        raise
+    export = active_export(name, "active disk, read-write", node, cluster_size=settings.cluster_size)
+    keeper = Keeper(folder.path, node.file, settings.cluster_size)
+    return Disk(name, settings, node, folder, keeper, export)
+
+
+def _refuse_qcow2(settings: DiskSettings) -> None:
+    """Nobody who names a qcow2 file without its format wants its raw bytes served."""
+    if settings.format is None:
+        with open(settings.path, "rb", buffering=0) as image:
+            if image.read(4) == b"QFI\xfb":
+                raise ImageError(
+                    settings.path,
+                    -1,
+                    "is a qcow2 image and this release serves raw ones only: convert it with "
+                    "`qemu-img convert -O raw`, or give the format raw to serve the bytes of the file as they are",
+                )

@@ -1,0 +1,161 @@
+"""Snapshots that an earlier server left: gone on with, or listed as broken with a reason. Before the disk is served.
+
+Whatever is not gone on with is marked on disk first: the guest's next writes will not be saved for it, so no later
+server may find it and think that it is whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import UTC, datetime
+
+from bitarray import bitarray
+
+from fleecing.block.bitfile import BitFile
+from fleecing.block.copy_before_write import OnCbwError
+from fleecing.block.graph import OnBroken, SnapshotSpec, revive
+from fleecing.block.lost_snapshot import LostSnapshot
+from fleecing.block.snapshot_access import SnapshotAccess
+from fleecing.control.disk import Disk, Snapshot
+from fleecing.control.identity import Verdict
+from fleecing.control.names import export_name
+from fleecing.control.state import SnapshotMode, SnapshotRecord, boot_id, read_json
+from fleecing.control.store import BITMAP_NAME, RECORD_NAME, SCOPE_NAME, TEMP_NAME, TRIMMED_NAME
+from fleecing.errors import ImageError
+from fleecing.server.export import Bitmap, lost_export, snapshot_export
+from fleecing.units import format_size
+
+log = logging.getLogger(__name__)
+
+POWER_LOST = "the machine lost power or was reset while this snapshot was not durable"
+
+_DELETED = "deleted"
+
+
+def revive_all(disk: Disk, verdict: Verdict, on_broken: OnBroken) -> list[Snapshot]:
+    """All snapshots of the disk. Raises OSError where the state folder cannot be written."""
+    found = [_revive(disk, name, verdict, on_broken) for name in list(disk.folder.kept_snapshots())]
+    return [snapshot for snapshot in found if snapshot is not None]
+
+
+def _revive(disk: Disk, name: str, verdict: Verdict, on_broken: OnBroken) -> Snapshot | None:
+    path = disk.folder.snapshot_file(name, RECORD_NAME)
+    note = _note(disk, name)
+    if not os.path.exists(path) or note == _DELETED:
+        _clear(disk, name)
+        return None
+    record = None
+    try:
+        read = read_json(path, SnapshotRecord)
+        if (read.disk, read.name) != (disk.name, name):
+            raise ImageError(path, -1, f"is of {export_name(read.disk, read.name)}")
+        record = read
+        reason = disk.folder.broken_mark(name) or note or _distrust(record, verdict)
+        if reason is None:
+            snapshot = _go_on(disk, record, on_broken)
+            log.info("snapshot %s goes on, temp %s", snapshot.export.name, snapshot.node.temp_path)
+            return snapshot
+    except (OSError, ImageError) as e:
+        reason = disk.folder.broken_mark(name) or note or str(e)
+    disk.folder.mark_broken(name, reason)
+    log.warning("snapshot %s is broken: %s", export_name(disk.name, name), reason)
+    return _lost(disk, name, record, reason)
+
+
+def _note(disk: Disk, name: str) -> str:
+    """Why the snapshot broke, as the bits of what was trimmed have it; "" = it did not, or nobody knows."""
+    try:
+        bits = BitFile.open(disk.folder.snapshot_file(name, TRIMMED_NAME))
+    except (OSError, ImageError):
+        return ""
+    note = bits.note
+    bits.close()
+    return note
+
+
+def _distrust(record: SnapshotRecord, verdict: Verdict) -> str | None:
+    if verdict.changed is not None:
+        return verdict.changed
+    return POWER_LOST if verdict.power_lost and not record.durable else None
+
+
+def _clear(disk: Disk, name: str) -> None:
+    """A creation or deletion that a killed server did not finish."""
+    what = f"leftover of an earlier run: snapshot {export_name(disk.name, name)}"
+    try:
+        log.warning("%s, %s of temp space freed", what, format_size(disk.folder.remove_snapshot(name)))
+    except OSError as e:
+        log.error("%s could not be removed: %s", what, e)
+
+
+def snapshot_spec(disk: Disk, record: SnapshotRecord, temp_path: str) -> SnapshotSpec:
+    """How the block layer is to make the snapshot, or to go on with it."""
+    return SnapshotSpec(
+        name=export_name(disk.name, record.name),
+        temp_path=temp_path,
+        cluster_size=record.cluster_size,
+        temp_limit=record.temp_limit,
+        on_cbw_error=record.on_cbw_error,
+        cbw_timeout=record.cbw_timeout,
+        trimmed_path=disk.folder.snapshot_file(record.name, TRIMMED_NAME),
+    )
+
+
+def make_snapshot(disk: Disk, record: SnapshotRecord, node: SnapshotAccess, bits: bitarray | None) -> Snapshot:
+    """`bits`: the dirty bitmap that the export offers, one bit a cluster."""
+    bitmap = None if bits is None or record.bitmap is None else Bitmap(record.bitmap, bits, record.cluster_size)
+    export = snapshot_export(export_name(disk.name, record.name), _description(record), node, bitmap)
+    return Snapshot(disk, record, node, export)
+
+
+def _description(record: SnapshotRecord) -> str:
+    kind = "snapshot" if record.since is None else f"changes since {record.since}, snapshot"
+    return f"{kind} of {record.disk}, {record.created:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _go_on(disk: Disk, record: SnapshotRecord, on_broken: OnBroken) -> Snapshot:
+    """Raises OSError and ImageError where a file is missing or damaged."""
+    scope = bits = None
+    if record.mode is SnapshotMode.INCREMENTAL:
+        scope = bits = _kept_bits(disk, record, SCOPE_NAME)
+    elif record.bitmap is not None:
+        bits = _kept_bits(disk, record, BITMAP_NAME)
+    temp_path = os.path.realpath(disk.folder.snapshot_file(record.name, TEMP_NAME))
+    node = revive(disk.node, snapshot_spec(disk, record, temp_path), scope, on_broken=on_broken)
+    return make_snapshot(disk, record, node, bits)
+
+
+def _kept_bits(disk: Disk, record: SnapshotRecord, name: str) -> bitarray:
+    file = BitFile.open(disk.folder.snapshot_file(record.name, name))
+    file.close()  # its bits stay mapped as long as somebody holds them
+    if (file.size, file.granularity) != (record.size, record.cluster_size):
+        raise ImageError(file.path, -1, f"is of {file.size} bytes, one bit for each {file.granularity}")
+    return file.bits
+
+
+def _lost(disk: Disk, name: str, record: SnapshotRecord | None, reason: str) -> Snapshot:
+    path = disk.folder.snapshot_file(name, RECORD_NAME)
+    temp_path = os.path.realpath(disk.folder.snapshot_file(name, TEMP_NAME))
+    if record is None:
+        record = SnapshotRecord(
+            disk=disk.name,
+            name=name,
+            created=datetime.fromtimestamp(os.stat(path).st_mtime, UTC),
+            size=disk.node.size,
+            cluster_size=disk.settings.cluster_size,
+            temp_limit=None,
+            on_cbw_error=OnCbwError.BREAK_SNAPSHOT,
+            cbw_timeout=0,
+            boot_id=boot_id(),
+        )
+    export = export_name(disk.name, name)
+    node = LostSnapshot(
+        export,
+        reason,
+        size=record.size,
+        cluster_size=record.cluster_size,
+        temp_path=temp_path,
+        temp_limit=record.temp_limit,
+    )
+    return Snapshot(disk, record, node, lost_export(export, f"broken snapshot of {disk.name}", node, record.bitmap))

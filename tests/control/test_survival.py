@@ -1,0 +1,358 @@
+"""Snapshots after the server's end, whatever it was: gone on with, or broken with a reason."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fleecing.control.identity import NANO
+from fleecing.units import KiB, MiB
+from tests.images import random_bytes
+from tests.peers import run
+from tests.raw_client import BLOCK_STATUS, EINVAL, READ, RawClient
+from tests.serving import Serve, Server
+
+SIZE = 4 * MiB
+CLUSTER = 64 * KiB
+OLD = random_bytes(SIZE)
+
+CLEAN: Callable[[Server], None] = Server.stop
+KILLED: Callable[[Server], None] = Server.kill
+ENDS = pytest.mark.parametrize("end", [CLEAN, KILLED], ids=["stopped", "killed"])
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "vda.img"
+    path.write_bytes(OLD)
+    return path
+
+
+def write(server: Server, *ranges: str, export: str = "vda") -> None:
+    """Ranges as "OFFSET LENGTH" of qemu-io, filled with the byte 2."""
+    run("qemu-io", "-f", "raw", *(word for r in ranges for word in ("-c", f"write -P 2 {r}")), server.uri(export))
+
+
+def changed(path: Path, **values: Any) -> None:
+    """Change fields of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def record(server: Server, name: str = "s") -> Path:
+    return server.state_dir / "vda" / "snapshots" / name / "snapshot.json"
+
+
+def lose_power(server: Server) -> None:
+    """Kill it, and let the machine have been started anew since."""
+    server.kill()
+    changed(server.state_dir / "vda" / "disk.json", boot_id="another")
+
+
+def refusals(server: Server, export: str) -> set[tuple[int, str]]:
+    """(error, text) of a read and a look at the status."""
+    with RawClient(server.unix, export, contexts=["base:allocation"]) as client:
+        replies = [client.request(command, 0, 0, 4096) for command in (READ, BLOCK_STATUS)]
+    return {(reply.error, reply.text) for reply in replies}
+
+
+def broken(server: Server) -> str:
+    """Why vda@s is broken, as everybody is told; the disk is served, and deleting frees all that there is."""
+    reason: str = server.show("vda@s")["broken"]
+    assert server.show("vda@s")["state"] == "broken"
+    assert refusals(server, "vda@s") == {(EINVAL, f"snapshot broken: {reason}")}
+    write(server, "0 64k")
+    server.kill()
+    server.start()
+    assert server.show("vda@s")["broken"] == reason
+    assert server.delete("vda@s")
+    assert list((server.state_dir / "vda" / "snapshots").iterdir()) == []
+    server.snapshot(name="s")
+    return reason
+
+
+@ENDS
+def test_a_snapshot_goes_on_as_it_was(serve: Serve, image: Path, tmp_path: Path, end: Callable[[Server], None]) -> None:
+    server = serve(image)
+    uri = server.snapshot(name="s")
+    write(server, "0 256k", "1M 4k")
+    run("qemu-io", "-f", "raw", "-c", "discard 64k 64k", "-c", "discard 2M 1M", uri)
+    before, shown = server.map("vda@s"), server.show("vda@s")
+    end(server)
+    server.start()
+    assert server.map("vda@s") == before
+    again = server.show("vda@s")
+    assert {k: again[k] for k in ("created", "broken", "on_cbw_error", "cbw_timeout", "export")} == {
+        k: shown[k] for k in ("created", "broken", "on_cbw_error", "cbw_timeout", "export")
+    }
+    assert again["temp"]["path"] == shown["temp"]["path"]
+    write(server, "0 2M", "3M 1M")
+    with RawClient(server.unix, "vda@s") as client:
+        assert client.read(0, CLUSTER) == OLD[:CLUSTER]
+        assert client.read(2 * CLUSTER, 2 * MiB - 2 * CLUSTER) == OLD[2 * CLUSTER : 2 * MiB]
+        assert client.read(3 * MiB, MiB) == OLD[3 * MiB :]
+        for offset in (CLUSTER, 2 * MiB):
+            assert client.request(READ, 0, offset, 1).text == f"cluster at offset {offset}: trimmed"
+    server.delete("vda@s")
+
+
+@ENDS
+def test_temp_files_elsewhere_and_several_disks_go_on(
+    serve: Serve, image: Path, tmp_path: Path, end: Callable[[Server], None]
+) -> None:
+    other = tmp_path / "vdb.img"
+    other.write_bytes(OLD[::-1])
+    server = serve({"vda": image, "vdb": other}, "--temp-dir", str(tmp_path / "temp"))
+    server.freeze("vda", "vdb", name="s", temp_limit=3 * MiB)
+    write(server, "0 1M")
+    end(server)
+    server.start("--temp-dir", str(tmp_path / "temp2"))
+    write(server, "0 1M", export="vdb")
+    for export, contents in (("vda@s", OLD), ("vdb@s", OLD[::-1])):
+        with RawClient(server.unix, export) as client:
+            assert client.read(0, SIZE) == contents
+        assert server.show(export)["temp"]["limit"] == 3 * MiB
+        assert server.temp(export).parent == tmp_path / "temp"
+        server.delete(export)
+    assert list((tmp_path / "temp").iterdir()) == []
+
+
+def test_restart_after_restart_changes_nothing(serve: Serve, image: Path) -> None:
+    server = serve(image)
+    server.snapshot(name="a")
+    for number, end in enumerate([CLEAN, KILLED, CLEAN, KILLED]):
+        write(server, f"{number * 256}k 64k")
+        end(server)
+        server.start()
+    with RawClient(server.unix, "vda@a") as client:
+        assert client.read(0, SIZE) == OLD
+
+
+@ENDS
+def test_a_snapshot_that_broke_stays_broken_with_its_reason(
+    serve: Serve, image: Path, end: Callable[[Server], None]
+) -> None:
+    server = serve(image)
+    server.snapshot(name="s", temp_limit=512 * KiB)
+    write(server, "0 2M")
+    end(server)
+    server.start()
+    assert broken(server) == "copy before a guest write failed: temp limit of 524288 bytes reached"
+
+
+def test_without_power_a_snapshot_is_broken_with_that_reason(serve: Serve, image: Path) -> None:
+    server = serve(image)
+    server.snapshot(name="s")
+    write(server, "0 64k")
+    lose_power(server)
+    server.start()
+    assert broken(server) == "the machine lost power or was reset while this snapshot was not durable"
+
+
+def test_after_a_clean_stop_the_machine_may_be_started_anew(serve: Serve, image: Path) -> None:
+    server = serve(image)
+    server.snapshot(name="s")
+    write(server, "0 64k")
+    server.stop()
+    changed(server.state_dir / "vda" / "disk.json", boot_id="another", device=4711)
+    server.start()
+    write(server, "0 1M")
+    with RawClient(server.unix, "vda@s") as client:
+        assert client.read(0, SIZE) == OLD
+
+
+def test_an_image_that_was_moved_after_a_clean_stop_is_the_same(serve: Serve, image: Path, tmp_path: Path) -> None:
+    server = serve({"vda": image})
+    server.snapshot(name="s")
+    write(server, "0 64k")
+    server.stop()
+    run("cp", "-p", str(image), str(tmp_path / "moved.img"))
+    image.unlink()
+    config = Path(server.unix).with_name("fleecing.toml")
+    config.write_text(config.read_text().replace(str(image), str(tmp_path / "moved.img")))
+    server.start()
+    write(server, "0 1M")
+    with RawClient(server.unix, "vda@s") as client:
+        assert client.read(0, SIZE) == OLD
+
+
+def written(image: Path) -> None:
+    with image.open("r+b") as file:
+        file.write(b"x")
+
+
+def replaced(image: Path) -> None:
+    run("cp", "-p", str(image), f"{image}.copy")
+    os.replace(f"{image}.copy", image)
+
+
+def grown(image: Path) -> None:
+    os.truncate(image, SIZE + CLUSTER)
+
+
+@pytest.mark.parametrize(
+    "meanwhile, reason",
+    [
+        (written, "the image was written by something else while it was not served"),
+        (replaced, "another file was put in the place of the image"),
+        (grown, f"from {SIZE} to {SIZE + CLUSTER} bytes"),
+    ],
+)
+@ENDS
+def test_an_image_that_is_not_the_same_breaks_the_snapshots(
+    serve: Serve, image: Path, meanwhile: Callable[[Path], None], reason: str, end: Callable[[Server], None]
+) -> None:
+    server = serve(image)
+    server.snapshot(name="s")
+    end(server)
+    meanwhile(image)
+    if meanwhile is written and end is KILLED:
+        later = image.stat().st_mtime_ns + 10 * NANO
+        os.utime(image, ns=(later, later))
+        reason = "the image was written by something else after the server that had it had died"
+    server.start()
+    assert reason in broken(server)
+
+
+def test_writes_just_before_a_kill_are_the_servers_own(serve: Serve, image: Path) -> None:
+    server = serve(image)
+    server.snapshot(name="s")
+    write(server, "0 64k")
+    alive = server.state_dir / "vda" / "alive"
+    server.kill()
+    earlier = alive.stat().st_mtime_ns - 2 * NANO
+    os.utime(alive, ns=(earlier, earlier))
+    server.start()
+    assert server.show("vda@s")["state"] == "ready"
+
+
+def newer(folder: Path) -> None:
+    changed(folder / "snapshot.json", version=2, something="new")
+
+
+def garbage(folder: Path) -> None:
+    (folder / "snapshot.json").write_text("{")
+
+
+def incomplete(folder: Path) -> None:
+    changed(folder / "snapshot.json", cluster_size="big")
+
+
+def without_temp(folder: Path) -> None:
+    (folder / "temp.qcow2").rename(folder.parent.parent / "elsewhere.qcow2")
+
+
+def cut_temp(folder: Path) -> None:
+    os.truncate(folder / "temp.qcow2", 70000)
+
+
+def without_bits(folder: Path) -> None:
+    (folder / "trimmed.bits").unlink()
+
+
+def of_another_snapshot(folder: Path) -> None:
+    changed(folder / "snapshot.json", name="t")
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (newer, "snapshot.json: has version 2, and this release knows 1 only"),
+        (garbage, "snapshot.json: is damaged"),
+        (incomplete, "snapshot.json: is damaged at 'cluster_size'"),
+        (without_temp, "temp.qcow2"),
+        (cut_temp, "temp.qcow2"),
+        (without_bits, "trimmed.bits"),
+        (of_another_snapshot, "is of vda@t"),
+    ],
+)
+@ENDS
+def test_files_that_make_no_sense_break_the_snapshot(
+    serve: Serve, image: Path, damage: Callable[[Path], None], reason: str, end: Callable[[Server], None]
+) -> None:
+    server = serve(image)
+    server.snapshot(name="s")
+    server.snapshot(name="good")
+    write(server, "0 64k")
+    end(server)
+    damage(record(server).parent)
+    server.start()
+    assert server.show("vda@good")["state"] == "ready"
+    assert reason in server.show("vda@s")["broken"]
+    server.delete("vda@good")
+    broken(server)
+
+
+def test_temp_that_comes_back_later_is_not_believed(serve: Serve, image: Path) -> None:
+    server = serve(image)
+    server.snapshot(name="s")
+    write(server, "0 64k")
+    server.stop()
+    temp = record(server).with_name("temp.qcow2")
+    temp.rename(temp.with_name("away"))
+    server.start()
+    write(server, "1M 64k")
+    server.stop()
+    temp.with_name("away").rename(temp)
+    server.start()
+    assert "temp.qcow2" in broken(server)
+
+
+def test_a_missing_record_of_the_image_breaks_the_snapshots(serve: Serve, image: Path) -> None:
+    server = serve(image)
+    server.snapshot(name="s")
+    server.stop()
+    (server.state_dir / "vda" / "disk.json").unlink()
+    server.start()
+    assert "disk.json is missing" in broken(server)
+
+
+def test_a_creation_that_was_not_finished_is_undone_on_all_disks(serve: Serve, image: Path, tmp_path: Path) -> None:
+    other = tmp_path / "vdb.img"
+    other.write_bytes(OLD)
+    server = serve({"vda": image, "vdb": other})
+    server.freeze("vda", "vdb", name="s")
+    server.freeze("vda", name="whole")
+    server.kill()
+    unfinished = {"version": 1, "disks": ["vda", "vdb", "foreign"], "snapshot": "s", "checkpoint": None}
+    (server.state_dir / ".creation-1.json").write_text(json.dumps(unfinished))
+    server.start()
+    assert [s["export"] for s in server.status()["snapshots"]] == ["vda@whole"]
+    assert json.loads((server.state_dir / ".creation-1.json").read_text())["disks"] == ["foreign"]
+    server.freeze("vda", "vdb", name="s")
+    server.kill()
+    server.start()
+    assert len(server.status()["snapshots"]) == 3
+
+
+@pytest.mark.parametrize("step", ["without record", "marked deleted"])
+def test_a_deletion_that_was_not_finished_ends_at_the_start(serve: Serve, image: Path, step: str) -> None:
+    server = serve(image)
+    server.snapshot(name="s")
+    write(server, "0 64k")
+    server.kill()
+    if step == "without record":
+        record(server).unlink()
+    else:
+        with record(server).with_name("trimmed.bits").open("r+b") as bits:
+            bits.seek(512)
+            bits.write(b"deleted\0")
+    server.start()
+    assert server.status()["snapshots"] == []
+    assert list(record(server).parent.parent.iterdir()) == []
+    assert "leftover of an earlier run: snapshot vda@s" in server.log
+
+
+def test_a_client_that_comes_back_goes_on_reading(serve: Serve, image: Path, tmp_path: Path) -> None:
+    server = serve(image)
+    uri = server.snapshot(name="s")
+    run("nbdcopy", uri, str(tmp_path / "before"))
+    write(server, "0 1M")
+    server.kill()
+    server.start()
+    run("nbdcopy", uri, str(tmp_path / "after"))
+    assert (tmp_path / "before").read_bytes() == (tmp_path / "after").read_bytes() == OLD
