@@ -10,6 +10,8 @@ its run: whoever needs a cluster of it waits for the task, and if the task faile
 
 A trim needs to know nothing of this: it clears `copy` under the lock, and the task that comes to its last step finds
 the cluster unwanted and gives its space back. Nothing is ever marked again.
+
+Of a durable snapshot what is linked is made durable, without the lock, before `done` is set (durability.py).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import time
 
 from fleecing.block.bitmap import bit_runs
 from fleecing.block.cluster_map import ClusterMap
+from fleecing.block.durability import Durability
 from fleecing.block.extent import Allocation
 from fleecing.block.node import Node
 from fleecing.block.qcow2.node import TempImage
@@ -69,10 +72,13 @@ class _Task:
 class BlockCopy:
     """Copies clusters from `source` to `target` as `clusters` says. `save` may be called from any thread."""
 
-    def __init__(self, source: Node, target: TempImage, clusters: ClusterMap) -> None:
+    def __init__(
+        self, source: Node, target: TempImage, clusters: ClusterMap, durability: Durability | None = None
+    ) -> None:
         self.source = source
         self.target = target
         self.clusters = clusters
+        self.durability = durability
         self.clusters_copied = 0  # ever, zero clusters too; changed under the map's lock
         self._tasks: list[_Task] = []  # under the map's lock
         self._idle = threading.Condition(clusters.lock)
@@ -117,6 +123,8 @@ class BlockCopy:
 
     def _run(self, task: _Task) -> None:
         try:
+            if self.durability is not None:
+                self.durability.check()
             # A long run may be a hole, of any length; then nothing needs reading.
             if task.end - task.first > self._task_clusters and self._save_hole(task):
                 return
@@ -189,6 +197,7 @@ class BlockCopy:
         """The last step: what is still wanted becomes part of temp; the rest is given back."""
         clusters, size = self.clusters, self.clusters.cluster_size
         to_release: list[tuple[int, int]] = []
+        linked: list[tuple[int, int]] = []
         try:
             with clusters.lock:
                 runs = [
@@ -205,12 +214,31 @@ class BlockCopy:
                         to_release.remove((host, count))
                     else:
                         self.target.link_zero(start, count)
-                    clusters.done[start : start + count] = 1
-                    clusters.copy[start : start + count] = 0
-                    self.clusters_copied += count
+                    if self.durability is None:
+                        self._is_copied(start, count)
+                    else:
+                        linked.append((start, count))
         finally:
             if to_release:  # unwanted by now, or a link that failed and those after it
                 self.target.release(to_release)
+            if linked:
+                self._make_durable(linked)
+
+    def _is_copied(self, first: int, count: int) -> None:
+        """Under the map's lock."""
+        self.clusters.done[first : first + count] = 1
+        self.clusters.copy[first : first + count] = 0
+        self.clusters_copied += count
+
+    def _make_durable(self, linked: list[tuple[int, int]]) -> None:
+        """What is linked counts as copied when it is durable; what was trimmed meanwhile is not linked any more."""
+        assert self.durability is not None
+        self.durability.commit(linked)
+        with self.clusters.lock:
+            for first, count in linked:
+                for start, stop, wanted in bit_runs(self.clusters.copy, first, first + count):
+                    if wanted:
+                        self._is_copied(start, stop - start)
 
     def cancel_waits(self) -> None:
         """The snapshot is broken: nobody needs to wait for a task any more."""

@@ -24,6 +24,7 @@ from bitarray import bitarray
 
 from fleecing.block.bitfile import BitFile
 from fleecing.block.bitmap import clusters_touched, little, ones, zeroes
+from fleecing.block.durability import sync_note
 from fleecing.block.extent import ClusterState
 from fleecing.errors import ClusterUnreadable, SnapshotBroken
 from fleecing.units import div_up
@@ -40,14 +41,19 @@ class ClusterMap:
         scope: bitarray | None = None,
         trimmed: BitFile | None = None,
         done: bitarray | None = None,
+        durable: bool = False,
         on_broken: Callable[[str], None],
     ) -> None:
-        """`trimmed` keeps what is trimmed, and why the snapshot broke, for the next process; `done`: copied by now."""
+        """`trimmed` keeps what is trimmed, and why the snapshot broke, for the next process; `done`: copied by now.
+
+        `durable`: also for the time after a loss of power.
+        """
         self.size = size
         self.cluster_size = cluster_size
         self.shift = cluster_size.bit_length() - 1
         self.count = div_up(size, cluster_size)
-        self.trimmed = trimmed  # its bits are changed under `lock`
+        self.trimmed = trimmed  # its bits are changed under `lock`, those of a durable snapshot also before
+        self.durable = durable
         # The three are changed under `lock` only, and read without it.
         self.access, self.copy, self.done = (zeroes(self.count) for _ in range(3))
         self.set_scope(scope)
@@ -78,13 +84,15 @@ class ClusterMap:
     def break_(self, cause: str) -> None:
         """The snapshot is dead from here on, for good; the first cause stays.
 
-        Takes no lock that a hanging temp could hold.
+        Takes no lock that a hanging temp could hold, and NOTE_SECONDS at most.
         """
         with self._break_lock:
             if self.broken is not None:
                 return
             if self.trimmed is not None:
                 self.trimmed.note = cause  # in mapped memory: known to the next process before the guest goes on
+                if self.durable:
+                    sync_note(self.trimmed)
             self.broken = cause
         self._on_broken(cause)
 

@@ -25,14 +25,12 @@ from fleecing.block.change_pool import Attempt, Change, ChangePool
 from fleecing.block.cluster_map import ClusterMap
 from fleecing.block.extent import MAX_RUNS, Allocation, Runs
 from fleecing.block.file import FileNode
-from fleecing.block.flusher import Flusher
+from fleecing.block.flusher import Done, Flusher, wait_for
 from fleecing.block.gate import Gate
 from fleecing.block.node import Buffer, Node
 from fleecing.block.tracking import Tracker
 from fleecing.errors import BlockError
 from fleecing.units import MiB
-
-Done = Callable[[Exception | None], None]
 
 SKIP_HOLES_FROM = MiB
 """Bytes from which on a trim or zeroing looks for holes first: what reads as zeroes already need not be saved."""
@@ -89,31 +87,16 @@ class CopyBeforeWrite(Node):
 
     def write(self, offset: int, data: Buffer) -> None:
         if not self.write_now(offset, data):
-            self._and_wait(lambda done: self.submit_write(offset, data, done))
+            wait_for(lambda done: self.submit_write(offset, data, done))
 
     def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False) -> None:
-        self._and_wait(lambda done: self.submit_zeroes(offset, length, done, may_unmap=may_unmap, fast_only=fast_only))
+        wait_for(lambda done: self.submit_zeroes(offset, length, done, may_unmap=may_unmap, fast_only=fast_only))
 
     def discard(self, offset: int, length: int) -> None:
-        self._and_wait(lambda done: self.submit_discard(offset, length, done))
+        wait_for(lambda done: self.submit_discard(offset, length, done))
 
     def flush(self) -> None:
-        self._and_wait(self.submit_flush)
-
-    @staticmethod
-    def _and_wait(submit: Callable[[Done], None]) -> None:
-        outcome: list[Exception | None] = []
-        over = threading.Lock()
-        over.acquire()
-
-        def done(error: Exception | None) -> None:
-            outcome.append(error)
-            over.release()
-
-        submit(done)
-        over.acquire()
-        if outcome[0] is not None:
-            raise outcome[0]
+        wait_for(self.submit_flush)
 
     # Changes that do not wait.
 

@@ -54,3 +54,19 @@ class Flusher:
                 error = e
             for done in batch:
                 done(error)
+
+
+def wait_for(submit: Callable[[Done], None]) -> None:
+    """Wait for the end of what `submit` starts; raises the error that it tells its `done`."""
+    outcome: list[Exception | None] = []
+    over = threading.Lock()
+    over.acquire()
+
+    def done(error: Exception | None) -> None:
+        outcome.append(error)
+        over.release()
+
+    submit(done)
+    over.acquire()
+    if outcome[0] is not None:
+        raise outcome[0]

@@ -12,15 +12,18 @@ from bitarray import bitarray
 
 from fleecing.block.bitfile import BitFile
 from fleecing.block.copy_before_write import CopyBeforeWrite, OnCbwError, same_instant
+from fleecing.block.durability import Durability, sync_folders, sync_note
 from fleecing.block.file import FileNode
 from fleecing.block.hostfile import HostFile
 from fleecing.block.qcow2.node import TempImage
 from fleecing.block.snapshot_access import SnapshotAccess
 from fleecing.block.tracking import Tracker
-from fleecing.errors import ImageError
+from fleecing.errors import BlockError, ImageError, SnapshotBroken
 from fleecing.units import align_up
 
 OnBroken = Callable[[SnapshotAccess, str], None]
+
+NOT_DURABLE = "the machine lost power or was reset while this snapshot was not durable"
 
 _freezing = threading.Lock()  # gates are closed by one at a time, or two freezes of the same disks might wait for ever
 
@@ -31,6 +34,8 @@ class SnapshotSpec:
 
     `temp_path` and `trimmed_path` must not exist yet; without the latter the snapshot does not outlive the process.
     `scope`: called at the very instant, gives the clusters that belong to the snapshot; None, or giving None = all.
+    `durable`: it outlives the loss of power, at the price of syncs before a guest write that saves something, and
+    before a trim; needs `trimmed_path`, and `copied_path` in the same way.
     `tracker`: records changes from the instant on, in the place of the one that did so before.
     """
 
@@ -41,6 +46,8 @@ class SnapshotSpec:
     on_cbw_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
     cbw_timeout: float = 45.0
     trimmed_path: str | None = None
+    durable: bool = False
+    copied_path: str | None = None
     scope: Callable[[], bitarray | None] | None = None
     tracker: Tracker | None = None
 
@@ -60,8 +67,9 @@ def freeze(
 
     All that takes time is prepared first; then new guest changes wait until those under way are over, the snapshots
     are put in place, and the changes go on. `on_broken` is called once, from any thread, for a snapshot that breaks
-    later. Raises OSError, ImageError, and TimeoutError where the changes under way are not over in `drain_timeout`
-    seconds.
+    later. A durable one is so when this returns, with what the guest wrote before; where that cannot be made durable
+    it breaks at once. Raises OSError, ImageError, and TimeoutError where the changes under way are not over in
+    `drain_timeout` seconds.
     """
     snapshots: list[SnapshotAccess] = []
 
@@ -84,7 +92,18 @@ def freeze(
         for snapshot in snapshots:
             snapshot.remove(0)
         raise
+    for snapshot in snapshots:
+        if snapshot.durable:
+            _flush_source(snapshot)
     return snapshots
+
+
+def _flush_source(snapshot: SnapshotAccess) -> None:
+    """What the guest wrote before the instant is part of a durable snapshot, so it must be durable, too."""
+    try:
+        snapshot.disk.file.flush()
+    except OSError as e:
+        snapshot.clusters.break_(f"the image could not be made durable: {e.strerror}")
 
 
 def at_instant(disk: CopyBeforeWrite, install: Callable[[], None], *, drain_timeout: float) -> None:
@@ -109,35 +128,89 @@ def _prepare(disk: CopyBeforeWrite, spec: SnapshotSpec, on_broken: OnBroken) -> 
             backing_format="raw",
             limit=spec.temp_limit,
         )
-        trimmed = None
+        trimmed = durability = None
         if spec.trimmed_path is not None:
             trimmed = BitFile.create(spec.trimmed_path, size=disk.size, granularity=spec.cluster_size)
             undo.callback(trimmed.remove)
-        snapshot = _snapshot(disk, spec, temp, trimmed, None, None, on_broken)
+        if spec.durable:
+            assert trimmed is not None
+            assert spec.copied_path is not None
+            copied = BitFile.create(spec.copied_path, size=disk.size, granularity=spec.cluster_size)
+            undo.callback(copied.remove)
+            temp.sync()
+            sync_folders([spec.temp_path, trimmed.path, copied.path])
+            durability = Durability(temp, copied, trimmed)
+        snapshot = _snapshot(disk, spec, temp, trimmed, durability, None, None, on_broken)
         undo.pop_all()
     return snapshot
 
 
-def revive(disk: CopyBeforeWrite, spec: SnapshotSpec, scope: bitarray | None, *, on_broken: OnBroken) -> SnapshotAccess:
+def revive(
+    disk: CopyBeforeWrite,
+    spec: SnapshotSpec,
+    scope: bitarray | None,
+    *,
+    on_broken: OnBroken,
+    power_lost: bool = False,
+) -> SnapshotAccess:
     """Go on with the snapshot that an earlier process left in `spec`'s files; before anybody writes to the disk.
 
-    What temp has linked is copied; a trim that was under way is finished. A snapshot that broke comes back broken, with
-    its reason. Raises OSError and ImageError where the files are not there, damaged, or not of this disk.
+    What temp has linked is copied; a trim that was under way is finished. After a loss of power only what is known to
+    be durable counts. A snapshot that broke comes back broken, with its reason. Raises OSError, ImageError, or
+    SnapshotBroken where it cannot go on; that is for good, since nobody saves what the guest changes from now on.
     """
     assert spec.trimmed_path is not None
     with contextlib.ExitStack() as undo:
-        trimmed = BitFile.open(spec.trimmed_path)
+        trimmed = _open_bits(spec.trimmed_path, disk, spec)
         undo.callback(trimmed.close)
-        if (trimmed.size, trimmed.granularity) != (disk.size, spec.cluster_size):
-            raise ImageError(trimmed.path, -1, f"is of a disk of {trimmed.size} bytes, and this one has {disk.size}")
+        try:
+            if power_lost and not spec.durable and not trimmed.note:
+                raise SnapshotBroken(NOT_DURABLE)
+            snapshot = _revive(disk, spec, trimmed, scope, on_broken, power_lost=power_lost)
+        except (OSError, BlockError) as e:
+            if trimmed.note:
+                raise SnapshotBroken(trimmed.note) from e
+            trimmed.note = e.cause if isinstance(e, SnapshotBroken) else str(e)
+            sync_note(trimmed)
+            raise
+        undo.pop_all()
+    return snapshot
+
+
+def _revive(
+    disk: CopyBeforeWrite,
+    spec: SnapshotSpec,
+    trimmed: BitFile,
+    scope: bitarray | None,
+    on_broken: OnBroken,
+    *,
+    power_lost: bool,
+) -> SnapshotAccess:
+    with contextlib.ExitStack() as undo:
         host = HostFile.open(spec.temp_path)
         undo.callback(host.close)
-        temp = TempImage.open(host, spec.temp_limit)
+        copied = trusted = durability = None
+        if spec.durable:
+            assert spec.copied_path is not None
+            copied = _open_bits(spec.copied_path, disk, spec)
+            undo.callback(copied.close)
+            if copied.note and not trimmed.note:
+                raise SnapshotBroken(copied.note)
+            trimmed.sync()  # what an earlier process set and did not sync takes effect now
+            trusted = copied.bits & ~trimmed.bits
+        temp = TempImage.open(host, spec.temp_limit, trusted=trusted if power_lost else None)
         if temp.cluster_size != spec.cluster_size or temp.size != align_up(disk.size, 512):
             raise ImageError(spec.temp_path, -1, f"is a temp of {temp.size} bytes, not of this disk")
-        snapshot = _snapshot(disk, spec, temp, trimmed, scope, temp.linked(), on_broken)
+        linked = temp.linked()
+        if copied is not None and trusted is not None:
+            if (trusted & ~linked).any():
+                raise ImageError(spec.temp_path, -1, "does not have all copies that were durable once")
+            temp.sync()  # of copies that are complete and were not synced, too: they count as copied from now on
+            copied.bits |= linked
+            copied.sync()
+            durability = Durability(temp, copied, trimmed)
+        snapshot = _snapshot(disk, spec, temp, trimmed, durability, scope, linked, on_broken)
         snapshot.finish_trims()
-        snapshot.copier.clusters_copied = snapshot.clusters.done.count()  # at least: what was trimmed is forgotten
         if trimmed.note:
             snapshot.clusters.broken = trimmed.note
         else:
@@ -146,11 +219,24 @@ def revive(disk: CopyBeforeWrite, spec: SnapshotSpec, scope: bitarray | None, *,
     return snapshot
 
 
+def _open_bits(path: str, disk: CopyBeforeWrite, spec: SnapshotSpec) -> BitFile:
+    bits = BitFile.open(path)
+    if (bits.size, bits.granularity) != (disk.size, spec.cluster_size):
+        bits.close()
+        raise ImageError(
+            path,
+            -1,
+            f"is of a disk of {bits.size} bytes in clusters of {bits.granularity}, and this one has {disk.size}",
+        )
+    return bits
+
+
 def _snapshot(
     disk: CopyBeforeWrite,
     spec: SnapshotSpec,
     temp: TempImage,
     trimmed: BitFile | None,
+    durability: Durability | None,
     scope: bitarray | None,
     done: bitarray | None,
     on_broken: OnBroken,
@@ -165,6 +251,7 @@ def _snapshot(
         temp_limit=spec.temp_limit,
         bitmap=scope,
         trimmed=trimmed,
+        durability=durability,
         done=done,
         on_broken=on_broken,
     )

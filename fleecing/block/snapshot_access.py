@@ -30,7 +30,9 @@ from fleecing.block.bitmap import bit_runs, clusters_touched, clusters_within
 from fleecing.block.block_copy import BlockCopy
 from fleecing.block.cluster_map import ClusterMap
 from fleecing.block.copy_before_write import CopyBeforeWrite, OnCbwError
+from fleecing.block.durability import Durability
 from fleecing.block.extent import MAX_RUNS, Allocation, ClusterState, Runs, append_run, merge_runs
+from fleecing.block.flusher import Done, wait_for
 from fleecing.block.node import Buffer, Node
 from fleecing.block.qcow2.node import TempImage
 from fleecing.errors import BlockError, ImageError, SnapshotBroken
@@ -57,6 +59,7 @@ class SnapshotAccess(Node):
         temp_limit: int | None = None,
         bitmap: bitarray | None = None,
         trimmed: BitFile | None = None,
+        durability: Durability | None = None,
         done: bitarray | None = None,
         on_broken: Callable[[SnapshotAccess, str], None],
     ) -> None:
@@ -69,9 +72,16 @@ class SnapshotAccess(Node):
         self.temp_limit = temp_limit  # bytes, None = none; `temp` keeps to it
         self._on_broken = on_broken
         self.clusters = ClusterMap(
-            disk.size, cluster_size, scope=bitmap, trimmed=trimmed, done=done, on_broken=self._broke
+            disk.size,
+            cluster_size,
+            scope=bitmap,
+            trimmed=trimmed,
+            done=done,
+            durable=durability is not None,
+            on_broken=self._broke,
         )
-        self.copier = BlockCopy(disk.file, temp, self.clusters)
+        self.copier = BlockCopy(disk.file, temp, self.clusters, durability)
+        self._durability = durability
         self._source = disk.file
         self._ends = False  # being removed: what breaks it then is no news
         self._users = 0  # under _users_lock, as is the next
@@ -87,6 +97,11 @@ class SnapshotAccess(Node):
     def cluster_size(self) -> int:
         """Bytes."""
         return self.clusters.cluster_size
+
+    @property
+    def durable(self) -> bool:
+        """Whether it outlives the loss of power."""
+        return self._durability is not None
 
     @property
     def clusters_copied_total(self) -> int:
@@ -268,10 +283,39 @@ class SnapshotAccess(Node):
         """Give up the clusters that lie whole in the range: they cannot be read any more, their temp space is free.
 
         Rounded inwards; the last cluster of the image counts as whole where the range reaches the end. Repeating it
-        does no harm. When this returns, nothing copies these clusters any more and their host space is punched.
+        does no harm. When this returns, nothing copies these clusters any more and their host space is punched. Of a
+        durable snapshot it waits for the disk (see `submit_discard`).
         """
+        if self._durability is not None:
+            wait_for(lambda done: self.submit_discard(offset, length, done))
+        else:
+            self._trim(*clusters_within(offset, length, self.cluster_size, self.size))
+
+    def submit_discard(self, offset: int, length: int, done: Done) -> None:
+        """The same, of a durable snapshot: returns at once and calls `done` with None or the error when it is over."""
         clusters = self.clusters
+        trimmed = clusters.trimmed
+        assert self._durability is not None
+        assert trimmed is not None
         first, end = clusters_within(offset, length, clusters.cluster_size, self.size)
+        with clusters.lock:
+            if clusters.broken is not None:
+                raise SnapshotBroken(clusters.broken)
+            if first < end:
+                trimmed.bits[first:end] = 1
+
+        def when_durable(error: Exception | None) -> None:
+            if error is None:
+                try:
+                    self._trim(first, end)
+                except Exception as e:
+                    error = e
+            done(error)
+
+        self._durability.submit_trim(when_durable)
+
+    def _trim(self, first: int, end: int) -> None:
+        clusters = self.clusters
         for start in range(first, end, TRIM_STEP):
             stop = min(end, start + TRIM_STEP)
             with clusters.lock:
@@ -324,6 +368,8 @@ class SnapshotAccess(Node):
         self.disk.detach(self)
         if not self.copier.wait_idle(timeout):
             raise TimeoutError(errno.ETIMEDOUT, f"temp has a copy under way for more than {timeout:g} s")
+        if self._durability is not None:
+            self._durability.close(timeout)
         with self._users_lock:
             if self._removed:
                 return
@@ -333,6 +379,8 @@ class SnapshotAccess(Node):
                 os.unlink(self.temp.file.path)
             if self.clusters.trimmed is not None:
                 self.clusters.trimmed.remove()
+            if self._durability is not None:
+                self._durability.remove()
             self._removed = True
             self._close_if_unused()
 
@@ -347,10 +395,15 @@ class SnapshotAccess(Node):
         """
         self.disk.detach(self)
         try:
-            self.temp.sync()
-            if self.clusters.trimmed is not None:
-                self.clusters.trimmed.sync()
+            if self._durability is not None:
+                self._durability.sync()
+            else:
+                self.temp.sync()
+                if self.clusters.trimmed is not None:
+                    self.clusters.trimmed.sync()
         finally:
             self.temp.close()
             if self.clusters.trimmed is not None:
                 self.clusters.trimmed.close()
+            if self._durability is not None:
+                self._durability.close(0)

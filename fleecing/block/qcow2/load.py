@@ -1,7 +1,7 @@
 """Take over a temp image that lies in a file: every table is read and checked before anything trusts it.
 
 What a killed server leaves behind is at worst a count too high and data that nothing links. Both are put right here:
-their space is free again afterwards.
+their space is free again afterwards. What a loss of power leaves behind is put right by rebuild.py before.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from fleecing.block.qcow2 import header, layout
 from fleecing.block.qcow2.geometry import Geometry
 from fleecing.block.qcow2.header import Header
 from fleecing.block.qcow2.mapping import Mapping
+from fleecing.block.qcow2.rebuild import Rebuild
 from fleecing.block.qcow2.refcounts import ClusterRuns, Refcounts, merge
 from fleecing.errors import ImageError
 from fleecing.units import div_up
@@ -32,10 +33,15 @@ class Found:
     end: int = 0  # bytes of the file that are in use
 
 
-def load(file: HostFile, limit: int | None) -> Found:
-    """Read the image in `file`. Raises ImageError with the offset of what is wrong, and OSError."""
+def load(file: HostFile, limit: int | None, trusted: bitarray | None = None) -> Found:
+    """Read the image in `file`. Raises ImageError with the offset of what is wrong, and OSError.
+
+    `trusted`, after a loss of power: the guest clusters that are known to be durable, to be kept alone.
+    """
+    head = header.parse(file.path, _read(file, 0, 1 << layout.MAX_CLUSTER_BITS), file.length())
+    if trusted is not None:
+        Rebuild(file, head.geometry, trusted).run()
     length = file.length()
-    head = header.parse(file.path, _read(file, 0, 1 << layout.MAX_CLUSTER_BITS), length)
     loader = _Loader(file, head.geometry, length)
     loader.read_refcounts()
     loader.claim_fixed()

@@ -91,12 +91,14 @@ class TempImage:
         return cls(file, head, refcounts, Mapping(file, plan, refcounts))
 
     @classmethod
-    def open(cls, file: HostFile, limit: int | None = None) -> TempImage:
+    def open(cls, file: HostFile, limit: int | None = None, *, trusted: bitarray | None = None) -> TempImage:
         """Take over the image that an earlier process made in `file`, and free what leaked when it was killed.
 
-        Raises ImageError with the offset of whatever is not as `create` and `link` write it, and OSError.
+        `trusted`, after a loss of power: a bit for each guest cluster that was linked and synced. All others become
+        unmapped, whatever the file says of them. Raises ImageError with the offset of whatever is not as `create` and
+        `link` write it, and OSError.
         """
-        found = load(file, limit)
+        found = load(file, limit, trusted)
         image = cls(file, found.header, found.refcounts, found.mapping)
         if file.length() > found.end:
             file.truncate(found.end)
