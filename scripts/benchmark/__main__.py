@@ -5,10 +5,11 @@ from __future__ import annotations
 import fnmatch
 import json
 import shutil
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from itertools import chain
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.status import Status
 
 from fleecing.units import GiB, MiB
 from scripts.benchmark import chart, machine, micro, micro_stages, table
@@ -125,8 +127,26 @@ def choose(rows: Sequence[Row], names: Sequence[str], *, quick: bool) -> list[Ro
 def measure(house: House, rows: Sequence[Row], end: float, talk: Console) -> list[Result]:
     """Take the samples, with a line of progress on a terminal."""
     adopt_orphans()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: everything started is ended, the scratch folder goes
+        signal.signal(number, signal.default_int_handler)
     with closing(machine.Spinners(house)) as spinners, talk.status("making the image") as status:
-        return Runner(house, spinners, end, status.update).run(rows)
+        return Runner(house, spinners, end, progress(talk, status)).run(rows)
+
+
+def progress(talk: Console, status: Status) -> Callable[[str], None]:
+    """Shows "ROW: what goes on": in the status line of a terminal, else a line when a row begins."""
+    shown = ""
+
+    def tell(text: str) -> None:
+        nonlocal shown
+        row = text.partition(":")[0]
+        if talk.is_terminal:
+            status.update(text)
+        elif row != shown:
+            talk.print(row, highlight=False)
+        shown = row
+
+    return tell
 
 
 def measure_micro(console: Console, scratch: Path | None, output: Path) -> None:

@@ -69,6 +69,8 @@ class Runner:
         names = [n for n in result.row.contenders if n not in result.errors and n not in result.absent]
         result.samples = {name: [] for name in names}
         for repeat in range(self._house.settings.repeats):
+            if time.monotonic() > self._deadline:
+                return
             turn = repeat % max(1, len(names))
             for name in names[turn:] + names[:turn]:
                 self._tell(f"{result.row.name}: {name}, {repeat + 1} of {self._house.settings.repeats}")

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
-from fleecing.units import KiB, TiB
+from fleecing.units import GiB, KiB, TiB
 from scripts.benchmark.contenders.table import SERVE
-from scripts.benchmark.house import House, forget
+from scripts.benchmark.house import House, forget, touch_memory
 from scripts.benchmark.load import Fio
 from scripts.benchmark.model import Image, Offer, Server, Snapshot, Stage
 from scripts.benchmark.process import BenchError
@@ -66,6 +66,7 @@ def _image(house: House, stage: Stage) -> Path:
 
 @contextmanager
 def _alone(house: House, stage: Stage, image: Path, name: str) -> Iterator[Offer]:
+    touch_memory(GiB)  # what the bitmaps of the largest disk take
     with SERVE[name](house, image, stage.transport) as server:
         yield Offer(server, server.uri)
 
