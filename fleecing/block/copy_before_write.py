@@ -212,6 +212,8 @@ class CopyBeforeWrite(Node):
         try:
             snapshot.copier.save(*clusters_touched(offset, length, clusters.cluster_size), deadline)
         except Exception as e:
+            if not clusters.needs_copy(offset, length):
+                return  # all that failed was trimmed meanwhile: nobody needs it
             if snapshot.on_cbw_error is OnCbwError.BREAK_GUEST_WRITE:
                 raise
             clusters.break_(f"copy before a guest write failed: {_reason(e)}")
