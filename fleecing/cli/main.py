@@ -10,6 +10,7 @@ import fleecing
 from fleecing.cli.control_commands import disk, snapshot
 from fleecing.cli.demo import demo
 from fleecing.cli.map_command import map_
+from fleecing.cli.pull_command import pull_command
 from fleecing.cli.serve import check_config, serve
 from fleecing.cli.status_command import status
 from fleecing.errors import FleecingError
@@ -55,3 +56,4 @@ def main() -> None:
 
 for command in (serve, check_config, snapshot, disk, status, map_, demo):
     main.add_command(command)
+main.add_command(pull_command)

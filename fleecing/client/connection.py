@@ -56,6 +56,7 @@ class Connection:
         self.peer = peer
         self.timeout = timeout
         self.size = agreement.size
+        self.description = agreement.description
         self.flags = agreement.flags
         self.mode = agreement.mode
         self.contexts: Mapping[str, int] = agreement.contexts
@@ -80,6 +81,11 @@ class Connection:
     def can(self, flag: TransmissionFlag) -> bool:
         """Whether the export said this of itself."""
         return bool(self.flags & flag)
+
+    @property
+    def is_lost(self) -> bool:
+        """It failed, or was closed: every further call raises ConnectionError."""
+        return self._failure is not None
 
     @property
     def in_flight(self) -> int:

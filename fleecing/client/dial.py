@@ -24,16 +24,20 @@ def connect(
     uri: NbdUri,
     *,
     contexts: Sequence[str] = (),
+    find_contexts: Sequence[str] = (),
     structured: bool = True,
     extended: bool = True,
     timeout: float = 60.0,
 ) -> Connection:
     """A connection to the export of `uri`, with the best replies and those of `contexts` that the server has.
 
-    `timeout` (seconds) holds for this call as a whole and for each call of the connection. Raises OSError,
-    ProtocolError, and ExportRefused with the server's text.
+    `find_contexts` are queries ("qemu:dirty-bitmap:"); the contexts that they find are selected, too. `timeout`
+    (seconds) holds for this call as a whole and for each call of the connection. Raises OSError, ProtocolError, and
+    ExportRefused with the server's text.
     """
-    handshake = ClientHandshake(uri.export, structured=structured, extended=extended, contexts=contexts)
+    handshake = ClientHandshake(
+        uri.export, structured=structured, extended=extended, contexts=contexts, find_contexts=find_contexts
+    )
     sock = _talk(uri, handshake, timeout)
     agreement = handshake.agreement
     if agreement is None or handshake.leftover:

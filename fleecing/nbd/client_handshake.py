@@ -44,6 +44,8 @@ MAX_REPLY: Final = 1 << 16
 """The longest option reply that is taken, in bytes; the longest sound one holds two strings."""
 MAX_EXPORTS: Final = 1 << 16
 """How many exports of a listing are taken."""
+MAX_FOUND_CONTEXTS: Final = 256
+"""How many contexts of a listing are taken."""
 
 _LOGGER: Final = logging.getLogger(__name__)
 _WANTED_ITEMS: Final = (Info.NAME, Info.DESCRIPTION, Info.BLOCK_SIZE)
@@ -177,7 +179,10 @@ class _ClientConversation(Conversation):
 
 
 class ClientHandshake(_ClientConversation):
-    """Asks for one export ("" = the server's default one). `agreement` is set when the transmission phase begins."""
+    """Asks for one export ("" = the server's default one). `agreement` is set when the transmission phase begins.
+
+    `find_contexts` are queries, for instance "qemu:dirty-bitmap:"; what they find is selected with the `contexts`.
+    """
 
     def __init__(
         self,
@@ -186,6 +191,7 @@ class ClientHandshake(_ClientConversation):
         structured: bool = True,
         extended: bool = True,
         contexts: Sequence[str] = (),
+        find_contexts: Sequence[str] = (),
         tls: TlsMode = TlsMode.OFF,
         logger: Logger = _LOGGER,
     ) -> None:
@@ -197,7 +203,8 @@ class ClientHandshake(_ClientConversation):
         self._name = export_name
         self._structured = structured
         self._extended = extended
-        self._wanted_contexts = contexts
+        self._wanted_contexts = list(contexts)
+        self._find_contexts = find_contexts
         super().__init__(tls=tls, logger=logger)
 
     def connection_lost(self) -> NoReturn:
@@ -212,8 +219,11 @@ class ClientHandshake(_ClientConversation):
             return
         mode = yield from self._agree_on_mode()
         contexts: dict[str, int] = {}
-        if mode is not ReplyMode.SIMPLE and self._wanted_contexts:
-            contexts = yield from self._select_contexts()
+        if mode is not ReplyMode.SIMPLE:
+            if self._find_contexts:
+                yield from self._look_for_contexts()
+            if self._wanted_contexts:
+                contexts = yield from self._select_contexts()
         try:
             self.agreement = yield from self._go(mode, contexts)
         except OptionError as error:
@@ -238,6 +248,30 @@ class ClientHandshake(_ClientConversation):
                 continue
             return mode
         return ReplyMode.SIMPLE
+
+    def _look_for_contexts(self) -> Steps[None]:
+        """Add to the wanted contexts what the queries find; a refusal finds nothing, and GO will say what is wrong."""
+        self._ask(Opt.LIST_META_CONTEXT, options.meta_query(self._name, self._find_contexts))
+        found: list[str] = []
+        while True:
+            try:
+                reply, data = yield from self._reply(Opt.LIST_META_CONTEXT)
+            except OptionError as error:
+                self._check_unwelcome(Opt.LIST_META_CONTEXT, error)
+                return
+            if reply == Rep.ACK:
+                break
+            if reply != Rep.META_CONTEXT:
+                raise ProtocolError(f"{_reply_name(reply)} in answer to LIST_META_CONTEXT")
+            if len(found) == MAX_FOUND_CONTEXTS:
+                raise ProtocolError(f"the server lists more than {MAX_FOUND_CONTEXTS} contexts")
+            found.append(_sound(options.parse_meta_context_item, data)[1])
+        # A server may answer a query more widely than it was asked
+        self._wanted_contexts += [
+            name
+            for name in dict.fromkeys(found)
+            if name not in self._wanted_contexts and name.startswith(tuple(self._find_contexts))
+        ]
 
     def _select_contexts(self) -> Steps[dict[str, int]]:
         """The ids of the contexts that the server has; a refusal means none, and GO will say what is wrong."""

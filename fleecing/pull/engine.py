@@ -1,38 +1,42 @@
 """Copies an export into a target: several connections, bounded requests in flight, TRIM behind the read head.
 
-    Plan.take() --> READ in flight --> target.write --> TRIM in flight --> slot free again
+    Plan.take() --> READ in flight --> target.write --> journal --> TRIM in flight --> slot free again
                 (zero: no READ)        target.zero
 
-Each connection has its thread and its slots; a slot is a piece on its way and, for data, the buffer it is read into. So
-memory is connections x depth x piece. A piece is trimmed only when the target has it, and counted only then as done.
-The first error anywhere stops everything: all connections are cut, the target is abandoned, the error is raised.
+Each connection has its thread (worker.py) and its slots; a slot is a piece on its way and, for data, the buffer it is
+read into. So memory is connections x depth x piece. A piece is trimmed only when the target has it. The first error
+that no new connection mends stops everything: all connections are cut, the target is abandoned, or suspended where a
+journal can bring it back, and the error is raised.
 """
 
 from __future__ import annotations
 
-import logging
+import hashlib
 import time
+import zlib
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from enum import Enum
-from threading import Lock
+from threading import Condition, Event, Lock
 from typing import Final
 
 from fleecing.client.connection import Connection
-from fleecing.client.dial import connect
-from fleecing.client.request import Extents, Request
-from fleecing.errors import RequestError
-from fleecing.nbd.constants import BASE_ALLOCATION, Cmd, NbdError, TransmissionFlag
+from fleecing.errors import ImageError, RequestError
+from fleecing.nbd.constants import NbdError, TransmissionFlag
 from fleecing.nbd.uri import NbdUri
+from fleecing.pull.journal import CHECK_BYTES, NO_CHECK, Journal
+from fleecing.pull.limiter import Bandwidth
 from fleecing.pull.plan import Piece, Plan
+from fleecing.pull.source import CLUSTER_STATE, Source
 from fleecing.pull.target import Target
+from fleecing.pull.worker import CheckCall, Worker
 from fleecing.units import KiB, align_down
 
-log = logging.getLogger(__name__)
+__all__ = ["CLUSTER_STATE", "Check", "Progress", "PullOptions", "PullReport", "Trim", "pull"]
 
-CLUSTER_STATE: Final = "fleecing:cluster-state"
-"""The meta context that only snapshots of Fleecing have."""
+SYNC_SECONDS: Final = 5.0
+"""How often the target is made durable where there is a journal: what a power cut may cost."""
 
 
 class Trim(Enum):
@@ -45,35 +49,70 @@ class Trim(Enum):
     """Any export; RequestError where it has no TRIM."""
 
 
+class Check(Enum):
+    """The checksum of each piece that the journal keeps."""
+
+    NONE = "none"
+    CRC32 = "crc32"
+    SHA256 = "sha256"
+
+
+_CHECKS: Final[dict[Check, CheckCall | None]] = {
+    Check.NONE: None,
+    Check.CRC32: lambda data: zlib.crc32(data).to_bytes(4, "big").ljust(CHECK_BYTES, b"\1"),
+    Check.SHA256: lambda data: hashlib.sha256(data).digest(),
+}
+
+
 @dataclass(frozen=True)
 class PullOptions:
-    """`piece` in bytes, `timeout` in seconds for each answer; `connections` only where the export can share them."""
+    """`piece` in bytes, `timeout` in seconds for each answer; `connections` only where the export can share them.
+
+    `reconnect`: for how many seconds without an answer a lost connection is tried again; 0 = a loss is the end.
+    `bandwidth` in bytes a second. `bitmap`: see Source.
+    """
 
     connections: int = 4
     depth: int = 4
     piece: int = 512 * KiB
     trim: Trim = Trim.SNAPSHOT
     timeout: float = 60.0
+    reconnect: float = 0.0
+    bandwidth: int | None = None
+    bitmap: str | None = None
+    check: Check = Check.NONE
 
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` bytes, zeroes among them; `rate` is bytes of data a second since the start."""
+    """`done` of `total` bytes, zeroes and what earlier runs did among them; `rate`: bytes of data a second in this run.
+
+    What a dirty bitmap leaves out counts neither as done nor, as soon as it is known, in the total.
+    """
 
     done: int
     total: int
     rate: float
+    data: int = 0
+    seconds: float = 0.0
+    reconnects: int = 0
 
 
 @dataclass(frozen=True)
 class PullReport:
-    """What a pull did, in bytes and seconds; data + zeroes = size."""
+    """What a pull did, in bytes and seconds; data + zeroes + clean + resumed = size."""
 
     size: int
     data: int
     zeroes: int
     trimmed: int
     seconds: float
+    clean: int = 0
+    """What the dirty bitmap says has not changed."""
+    resumed: int = 0
+    """What earlier runs had done."""
+    reconnects: int = 0
+    bitmap: str | None = None
 
     @property
     def rate(self) -> float:
@@ -90,22 +129,30 @@ def pull(
     open_target: Callable[[int], Target],
     options: PullOptions | None = None,
     *,
+    journal: Journal | None = None,
     progress: ProgressCall | None = None,
     interval: float = 0.2,
 ) -> PullReport:
-    """Copy the whole export; `open_target` gets its size in bytes once the server has told it.
+    """Copy the whole export, or what its dirty bitmap says; `open_target` gets its size in bytes, told by the server.
 
-    Raises RequestError with the server's text, ProtocolError, ImageError or OSError; the target is abandoned then.
+    With a `journal` a failure suspends the target, if it has anything; without one it abandons it. The journal is its
+    owner's to close, or to remove when all is well. Raises RequestError with the server's text, ProtocolError,
+    ImageError or OSError.
     """
     options = options or PullOptions()
-    connections = _connect_all(uri, options)
+    source = Source(uri, timeout=options.timeout, bitmap=options.bitmap)
+    connections = [source.first]
     try:
-        target = open_target(connections[0].size)
+        while source.may_share and len(connections) < options.connections:
+            connections.append(source.connect())
+        if journal is not None:
+            _begin(journal, source, options)
+        target = open_target(source.size)
         try:
-            report = _Pull(connections, target, options).run(progress, interval)
+            report = _Pull(source, connections, target, journal, options).run(progress, interval)
             target.finish()
         except BaseException:
-            target.abandon()
+            _give_up(target, journal)
             raise
     finally:
         for connection in connections:
@@ -113,134 +160,185 @@ def pull(
     return report
 
 
-def _connect_all(uri: NbdUri, options: PullOptions) -> list[Connection]:
-    """One connection, and more where "CAN_MULTI_CONN" says that they see the same."""
-    connections: list[Connection] = []
-    try:
-        wanted = options.connections
-        while len(connections) < wanted:
-            contexts = (BASE_ALLOCATION, CLUSTER_STATE)
-            connections.append(connect(uri, contexts=contexts, timeout=options.timeout))
-            if not connections[0].can(TransmissionFlag.CAN_MULTI_CONN):
-                wanted = 1
-    except BaseException:
-        for connection in connections:
-            connection.close()
-        raise
-    return connections
+def _begin(journal: Journal, source: Source, options: PullOptions) -> None:
+    journal.begin(
+        {
+            "export": source.uri.export,
+            "size": source.size,
+            "description": source.description,
+            "bitmap": source.bitmap,
+            "check": options.check.value,
+        }
+    )
+
+
+def _give_up(target: Target, journal: Journal | None) -> None:
+    if journal is None or not journal.is_of_use:
+        target.abandon()
+    else:
+        target.suspend()
 
 
 class _Pull:
-    """One run over connections that are open. The counters are changed under the lock."""
+    """One run over connections that are open. The counters and the list of connections are changed under the lock."""
 
-    def __init__(self, connections: list[Connection], target: Target, options: PullOptions) -> None:
-        first = connections[0]
-        cluster = min(first.preferred_block, align_down(first.maximum_payload, first.minimum_block))
-        self.connections = connections
+    def __init__(
+        self,
+        source: Source,
+        connections: list[Connection],
+        target: Target,
+        journal: Journal | None,
+        options: PullOptions,
+    ) -> None:
+        first = source.first
+        self.source = source
         self.target = target
         self.depth = options.depth
-        self.plan = Plan(first.size, cluster=cluster, data_piece=min(options.piece, first.maximum_payload))
+        self.reconnect = options.reconnect
+        self.bandwidth = Bandwidth(options.bandwidth) if options.bandwidth else None
+        self.check = _CHECKS[options.check]
+        self.trims = _may_trim(source, options.trim)
+        self.changed = Condition()
+        self.stopped = Event()
+        self._connections = connections
+        self._journal = journal
+        cluster = _cluster(first, target)
+        if journal is not None:
+            _compare(journal, target, self.check)
+        done = [] if journal is None else journal.ranges()
+        self.plan = Plan(first.size, cluster=cluster, data_piece=min(options.piece, first.maximum_payload), done=done)
         self.piece = self.plan.data_piece
-        self.trims = _may_trim(first, options.trim)
+        self._resumed = sum(end - start for start, end in done)
+        if journal is not None and self.trims:
+            for piece in journal.untrimmed():
+                self.plan.put_back(piece)
         self._lock = Lock()
         self._data = 0
         self._zeroes = 0
         self._trimmed = 0
+        self._reconnects = 0
 
     def run(self, progress: ProgressCall | None, interval: float) -> PullReport:
         """Start a thread for each connection, tell progress until all are through. Raises the first error of any."""
-        started = time.monotonic()
-        with ThreadPoolExecutor(len(self.connections), thread_name_prefix="pull") as pool:
+        started = synced = time.monotonic()
+        with ThreadPoolExecutor(len(self._connections), thread_name_prefix="pull") as pool:
             try:
-                running = {pool.submit(_Worker(self, connection).run) for connection in self.connections}
+                running = {pool.submit(Worker(self, connection).run) for connection in self._connections}
                 while running:
                     ended, running = wait(running, timeout=interval, return_when=FIRST_EXCEPTION)
                     for future in ended:
                         future.result()
+                    if running and time.monotonic() - synced > SYNC_SECONDS:
+                        self._make_durable()
+                        synced = time.monotonic()
                     if progress is not None and running:
                         progress(self._progress(started))
             except BaseException:
-                for connection in self.connections:
-                    connection.abort()
+                self._stop()
                 raise
         if progress is not None:
             progress(self._progress(started))
         seconds = time.monotonic() - started
-        return PullReport(self.plan.size, self._data, self._zeroes, self._trimmed, seconds)
+        return PullReport(
+            self.plan.size,
+            self._data,
+            self._zeroes,
+            self._trimmed,
+            seconds,
+            self.plan.clean,
+            self._resumed,
+            self._reconnects,
+            self.source.bitmap,
+        )
+
+    def _make_durable(self) -> None:
+        if self._journal is not None:
+            position = self._journal.position
+            self.target.sync()
+            self._journal.durable(position)
+
+    def _stop(self) -> None:
+        with self._lock:
+            self.stopped.set()
+            for connection in self._connections:
+                connection.abort()
+        with self.changed:
+            self.changed.notify_all()
 
     def _progress(self, started: float) -> Progress:
         elapsed = time.monotonic() - started
-        return Progress(self._data + self._zeroes, self.plan.size, self._data / elapsed if elapsed else 0.0)
+        return Progress(
+            done=self._data + self._zeroes + self._resumed,
+            total=self.plan.size - self.plan.clean,
+            rate=self._data / elapsed if elapsed else 0.0,
+            data=self._data,
+            seconds=elapsed,
+            reconnects=self._reconnects,
+        )
 
-    def count(self, piece: Piece, *, trimmed: bool) -> None:
-        """The target has the piece, and the server does not need it any more."""
+    # Called by the workers
+
+    def adopt(self, old: Connection, new: Connection) -> None:
+        """`new` takes the place of `old`; when the pull has been stopped meanwhile, it is cut at once."""
+        old.close()
+        with self._lock:
+            self._connections[self._connections.index(old)] = new
+            self._reconnects += 1
+            if self.stopped.is_set():
+                new.abort()
+
+    def kept(self, piece: Piece, check: bytes) -> None:
+        """The target has the piece."""
+        if self._journal is not None:
+            self._journal.keep(piece, check)
         with self._lock:
             if piece.is_zero:
                 self._zeroes += piece.length
             else:
                 self._data += piece.length
-            if trimmed:
-                self._trimmed += piece.length
+        if self.target.limit() is not None:
+            with self.changed:
+                self.changed.notify_all()
+
+    def trimmed(self, piece: Piece) -> None:
+        """The server does not need it any more."""
+        if self._journal is not None:
+            self._journal.trim(piece)
+        with self._lock:
+            self._trimmed += piece.length
 
 
-class _Worker:
-    """One connection's thread: keeps its slots full until the plan is empty."""
-
-    def __init__(self, pull: _Pull, connection: Connection) -> None:
-        self._pull = pull
-        self._connection = connection
-        self._buffers = [bytearray(pull.piece) for _ in range(pull.depth)]
-        self._on_the_way: dict[int, tuple[Piece, bytearray]] = {}
-        self._ask = self._allocation if BASE_ALLOCATION in connection.contexts else None
-
-    def run(self) -> None:
-        while True:
-            while self._buffers:
-                piece = self._pull.plan.take(self._ask)
-                if piece is None:
-                    break
-                self._start(piece, self._buffers.pop())
-            if not self._on_the_way:
-                return
-            request = self._connection.next_finished()
-            if request.error is not None:
-                raise request.error
-            self._answered(request)
-
-    def _allocation(self, offset: int, length: int) -> Extents:
-        return self._connection.block_status(offset, length)[BASE_ALLOCATION]
-
-    def _start(self, piece: Piece, buffer: bytearray) -> None:
-        if piece.is_zero:
-            self._pull.target.zero(piece.offset, piece.length)
-            self._kept(piece, buffer)
-        else:
-            view = memoryview(buffer)[: piece.length]
-            request = self._connection.submit_read(piece.offset, view)
-            self._on_the_way[request.cookie] = piece, buffer
-
-    def _answered(self, request: Request) -> None:
-        piece, buffer = self._on_the_way.pop(request.cookie)
-        if request.command is Cmd.READ:
-            self._pull.target.write(piece.offset, memoryview(buffer)[: piece.length])
-            self._kept(piece, buffer)
-        else:
-            self._pull.count(piece, trimmed=True)
-            self._buffers.append(buffer)
-
-    def _kept(self, piece: Piece, buffer: bytearray) -> None:
-        """The target has the piece: trim it, or be done with it."""
-        if self._pull.trims:
-            request = self._connection.submit_trim(piece.offset, piece.length)
-            self._on_the_way[request.cookie] = piece, buffer
-        else:
-            self._pull.count(piece, trimmed=False)
-            self._buffers.append(buffer)
+def _cluster(connection: Connection, target: Target) -> int:
+    """Bytes of the smallest piece: a cluster of the server, if it can be had at once, and what the target needs."""
+    most = align_down(connection.maximum_payload, connection.minimum_block)
+    cluster = max(min(connection.preferred_block, most), target.granularity)
+    if cluster > most:
+        raise RequestError(
+            NbdError.EOVERFLOW,
+            f"{connection.peer} answers at most {most} bytes at a time, the target needs {cluster}",
+        )
+    return cluster
 
 
-def _may_trim(connection: Connection, trim: Trim) -> bool:
+def _compare(journal: Journal, target: Target, check: CheckCall | None) -> None:
+    """What earlier runs kept is there, byte by byte; what is not has to be pulled again."""
+    if check is None:
+        return
+    for piece, wanted in list(journal.kept.values()):
+        if piece.is_zero or wanted == NO_CHECK:
+            continue
+        try:
+            data = target.read(piece.offset, piece.length)
+        except ImageError:
+            data = b""
+        if check(memoryview(data)) != wanted:
+            journal.forget(piece.offset)
+
+
+def _may_trim(source: Source, trim: Trim) -> bool:
+    can = source.first.can(TransmissionFlag.SEND_TRIM)
     if trim is Trim.SNAPSHOT:
-        return CLUSTER_STATE in connection.contexts and connection.can(TransmissionFlag.SEND_TRIM)
-    if trim is Trim.ALWAYS and not connection.can(TransmissionFlag.SEND_TRIM):
-        raise RequestError(NbdError.ENOTSUP, f"{connection.peer} offers no TRIM")
+        return source.is_snapshot and can
+    if trim is Trim.ALWAYS and not can:
+        raise RequestError(NbdError.ENOTSUP, f"{source.uri} offers no TRIM")
     return trim is Trim.ALWAYS

@@ -1,4 +1,4 @@
-"""Where a pull puts what it reads."""
+"""Where a pull puts what it reads: the call, and the raw file or device."""
 
 from __future__ import annotations
 
@@ -6,27 +6,46 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final, Protocol
+from typing import Final
 
 from fleecing.block.hostfile import HostFile
-from fleecing.block.node import Buffer
 from fleecing.errors import ImageError
-from fleecing.units import MiB
+from fleecing.units import KiB, MiB
+
+PART: Final = ".part"
+"""Behind the name of a file that is not whole yet."""
 
 _ZEROES: Final = bytes(MiB)
+_UNIT: Final = 64 * KiB
 
 
-class Target(Protocol):
+class Target:
     """Takes each byte of the disk once, in any order, from several threads; offsets and lengths in bytes.
 
-    Errors are OSError. `finish` or `abandon` is the last call, made by one thread when all others are through.
+    Errors are OSError. `finish`, `abandon` or `suspend` is the last call, made by one thread when all others are
+    through. Pieces begin at multiples of `granularity`, and end there or with the disk.
     """
 
-    def write(self, offset: int, data: Buffer) -> None:
-        """The bytes at `offset` are `data`; kept when this returns, durable after `finish`."""
+    granularity: int = 1
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """The bytes at `offset` are `data`; kept when this returns, durable after `sync` and `finish`."""
+        raise NotImplementedError
 
     def zero(self, offset: int, length: int) -> None:
         """The range reads as zeroes."""
+        raise NotImplementedError
+
+    def read(self, offset: int, length: int) -> bytes:
+        """What was written there, possibly by an earlier run; for targets that can be resumed."""
+        raise OSError(errno.ENOTSUP, "this target cannot be read")
+
+    def limit(self) -> int | None:
+        """Pieces at this offset and behind have to wait; None: none has to. Grows with what is written."""
+        return None
+
+    def sync(self) -> None:
+        """What was written before this call is durable when it returns."""
 
     def finish(self) -> None:
         """All has been written: make it durable and give it its name."""
@@ -34,8 +53,12 @@ class Target(Protocol):
     def abandon(self) -> None:
         """Something failed: leave nothing behind that looks whole."""
 
+    def suspend(self) -> None:
+        """Something failed, and another run will go on: keep what there is, under a name that does not look whole."""
+        self.abandon()
 
-class RawTarget:
+
+class RawTarget(Target):
     """A raw file or block device of exactly, or at least, the disk's size."""
 
     def __init__(self, path: str, file: HostFile, *, is_new: bool) -> None:
@@ -49,17 +72,23 @@ class RawTarget:
 
         Raises FileExistsError where either name is taken.
         """
-        if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
-        file = HostFile.create(path + ".part")
-        target = cls(path, file, is_new=True)
+        target = cls(path, new_part(path), is_new=True)
         try:
-            with _naming(file.path):
-                file.truncate(size)
+            with naming(target._file.path):
+                target._file.truncate(size)
         except OSError:
             target.abandon()
             raise
         return target
+
+    @classmethod
+    def resume(cls, path: str, size: int) -> RawTarget:
+        """What an earlier run left as `path`.part. Raises OSError, and ImageError where it has another size."""
+        file = HostFile.open(path + PART)
+        if file.length() != size:
+            file.close()
+            raise ImageError(path + PART, -1, f"has another size than {size} bytes: remove it and start again")
+        return cls(path, file, is_new=True)
 
     @classmethod
     def overwrite(cls, path: str, size: int) -> RawTarget:
@@ -74,35 +103,82 @@ class RawTarget:
             raise ImageError(path, -1, f"has {length} bytes, {size} are needed")
         return cls(path, file, is_new=False)
 
-    def write(self, offset: int, data: Buffer) -> None:
-        with _naming(self._file.path):
-            self._file.write(offset, data)
+    def write(self, offset: int, data: memoryview) -> None:
+        """Zeroes among the data stay holes."""
+        for start, end, is_zero in zero_runs(data):
+            if is_zero:
+                self.zero(offset + start, end - start)
+            else:
+                with naming(self._file.path):
+                    self._file.write(offset + start, data[start:end])
 
     def zero(self, offset: int, length: int) -> None:
         """Nothing to do in a new file, which is all holes; else a hole, zeroes without writing, or written zeroes."""
         if self._is_new:
             return
-        with _naming(self._file.path):
+        with naming(self._file.path):
             if not (self._file.punch(offset, length) or self._file.zero_range(offset, length)):
                 for done in range(0, length, len(_ZEROES)):
                     self._file.write(offset + done, _ZEROES[: length - done])
 
-    def finish(self) -> None:
-        with _naming(self._file.path):
+    def read(self, offset: int, length: int) -> bytes:
+        with naming(self._file.path):
+            return os.pread(self._file.fd, length, offset)
+
+    def sync(self) -> None:
+        with naming(self._file.path):
             self._file.sync()
+
+    def finish(self) -> None:
+        self.sync()
         self._file.close()
         if self._is_new:
-            os.rename(self._file.path, self.path)
-            _sync_folder(os.path.dirname(self.path) or ".")
+            give_name(self.path)
 
     def abandon(self) -> None:
         self._file.close()
         if self._is_new and os.path.lexists(self._file.path):
             os.unlink(self._file.path)
 
+    def suspend(self) -> None:
+        self._file.close()
+
+
+def zero_runs(data: memoryview, unit: int = _UNIT) -> Iterator[tuple[int, int, bool]]:
+    """(start, end, all zeroes) of the runs of units of `data`, equal neighbours as one."""
+    start, was_zero = 0, False
+    length = len(data)
+    for at in range(0, length, unit):
+        end = min(at + unit, length)
+        # Three bytes tell most data from zeroes without a look at the rest
+        is_zero = not (data[at] or data[end - 1] or data[(at + end) // 2]) and _is_zero(data[at:end])
+        if is_zero != was_zero:
+            if at > start:
+                yield start, at, was_zero
+            start, was_zero = at, is_zero
+    if length > start:
+        yield start, length, was_zero
+
+
+def _is_zero(data: memoryview) -> bool:
+    return data.tobytes() == _ZEROES[: len(data)] if len(data) <= len(_ZEROES) else not any(data)
+
+
+def new_part(path: str) -> HostFile:
+    """A new file called `path`.part. Raises FileExistsError where either name is taken."""
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    return HostFile.create(path + PART)
+
+
+def give_name(path: str) -> None:
+    """`path`.part, which is durable, is `path` from now on, durably."""
+    os.rename(path + PART, path)
+    sync_folder(os.path.dirname(path) or ".")
+
 
 @contextmanager
-def _naming(path: str) -> Iterator[None]:
+def naming(path: str) -> Iterator[None]:
     """Errors of calls on a descriptor say which file it is."""
     try:
         yield
@@ -110,7 +186,7 @@ def _naming(path: str) -> Iterator[None]:
         raise OSError(e.errno, e.strerror, path) from e
 
 
-def _sync_folder(path: str) -> None:
+def sync_folder(path: str) -> None:
     """A rename in this folder is durable when this returns."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -361,3 +361,35 @@ def test_endless_listing_is_cut_off() -> None:
     side.receive(item * MAX_EXPORTS)
     with pytest.raises(ProtocolError, match=str(MAX_EXPORTS)):
         side.receive(item)
+
+
+# Contexts that are looked for
+
+FOUND = b"".join(
+    reply(Opt.LIST_META_CONTEXT, Rep.META_CONTEXT, options.meta_context_item(0, name))
+    for name in ("qemu:dirty-bitmap:a", "qemu:allocation-depth")
+) + reply(Opt.LIST_META_CONTEXT)
+
+
+def seeker(stream: bytes) -> tuple[ClientHandshake, list[tuple[int, bytes]], str | None]:
+    side, outcome = every_way(
+        lambda: ClientHandshake("vda", extended=False, contexts=["x:y"], find_contexts=["qemu:dirty-bitmap:"]), stream
+    )
+    return side, asked(outcome.sent), outcome.error
+
+
+def test_what_a_query_finds_is_selected_and_nothing_beside_it() -> None:
+    selected = reply(Opt.SET_META_CONTEXT, Rep.META_CONTEXT, options.meta_context_item(7, "qemu:dirty-bitmap:a"))
+    stream = MODERN + reply(Opt.STRUCTURED_REPLY) + FOUND + selected + reply(Opt.SET_META_CONTEXT) + served()
+    side, sent, error = seeker(stream)
+    assert error is None and side.agreement is not None
+    assert side.agreement.contexts == {"qemu:dirty-bitmap:a": 7}
+    assert (Opt.SET_META_CONTEXT, options.meta_query("vda", ["x:y", "qemu:dirty-bitmap:a"])) in sent
+
+
+def test_a_server_that_lists_no_contexts_is_asked_for_the_others() -> None:
+    refused = reply(Opt.LIST_META_CONTEXT, Rep.ERR_UNSUP)
+    stream = MODERN + reply(Opt.STRUCTURED_REPLY) + refused + reply(Opt.SET_META_CONTEXT) + served()
+    side, sent, error = seeker(stream)
+    assert error is None and side.agreement is not None and not side.agreement.contexts
+    assert (Opt.SET_META_CONTEXT, options.meta_query("vda", ["x:y"])) in sent

@@ -18,7 +18,7 @@ from fleecing.nbd.handshake import Agreement
 from fleecing.nbd.transmission import EXTENDED_REQUEST, block_status_reply, data_header, done_reply, error_reply
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.engine import CLUSTER_STATE, Progress, PullOptions, PullReport, Trim, pull
-from fleecing.pull.target import RawTarget
+from fleecing.pull.target import RawTarget, Target
 from tests.client.servers import FLAGS, activated, nbd_server, nbdkit, scripted, take
 from tests.peers import run
 
@@ -156,7 +156,7 @@ class Disk:
         return [(offset, length) for name, offset, length in self.events if name == command]
 
 
-class Memory:
+class Memory(Target):
     """A target in memory that notes what it is given."""
 
     def __init__(self, size: int, events: list[tuple[str, int, int]]) -> None:
@@ -165,7 +165,7 @@ class Memory:
         self.ended: list[str] = []
         self.fail: Exception | None = None
 
-    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+    def write(self, offset: int, data: memoryview) -> None:
         if self.fail is not None:
             raise self.fail
         self.data[offset : offset + len(data)] = data

@@ -145,7 +145,7 @@ def test_pieces_cover_the_disk_and_no_data_is_called_zero(
     size = sum(length for length, _ in extents)
     known = b"".join(bytes([status == ZERO]) * length for length, status in extents)
     position = 0
-    for offset, length, is_zero in pieces(size, extents, cluster=cluster, data_piece=piece, most=most):
+    for offset, length, is_zero, _ in pieces(size, extents, cluster=cluster, data_piece=piece, most=most):
         assert offset == position
         assert not offset % cluster
         position += length

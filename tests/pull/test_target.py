@@ -21,9 +21,9 @@ def allocated(path: Path) -> int:
 def test_a_new_file_has_the_data_and_holes_between(tmp_path: Path) -> None:
     path = tmp_path / "copy"
     target = RawTarget.create(str(path), 64 * MiB + 1)
-    target.write(MiB, b"x" * 4096)
+    target.write(MiB, memoryview(b"x" * 4096))
     target.zero(2 * MiB, 30 * MiB)
-    target.write(64 * MiB, b"e")
+    target.write(64 * MiB, memoryview(b"e"))
     target.finish()
     data = path.read_bytes()
     assert len(data) == 64 * MiB + 1
@@ -34,7 +34,7 @@ def test_a_new_file_has_the_data_and_holes_between(tmp_path: Path) -> None:
 def test_the_name_appears_only_when_all_is_written(tmp_path: Path) -> None:
     path = tmp_path / "copy"
     target = RawTarget.create(str(path), MiB)
-    target.write(0, b"x")
+    target.write(0, memoryview(b"x"))
     assert not path.exists()
     target.finish()
     assert os.listdir(tmp_path) == ["copy"]
@@ -42,7 +42,7 @@ def test_the_name_appears_only_when_all_is_written(tmp_path: Path) -> None:
 
 def test_an_abandoned_target_leaves_nothing(tmp_path: Path) -> None:
     target = RawTarget.create(str(tmp_path / "copy"), MiB)
-    target.write(0, b"x")
+    target.write(0, memoryview(b"x"))
     target.abandon()
     assert os.listdir(tmp_path) == []
 
@@ -67,7 +67,7 @@ def test_zeroes_in_an_old_file_are_punched(tmp_path: Path) -> None:
     path.write_bytes(b"o" * 4 * MiB)
     target = RawTarget.overwrite(str(path), 3 * MiB)
     target.zero(0, 2 * MiB)
-    target.write(2 * MiB, b"n" * MiB)
+    target.write(2 * MiB, memoryview(b"n" * MiB))
     target.finish()
     assert path.read_bytes() == bytes(2 * MiB) + b"n" * MiB + b"o" * MiB
     assert allocated(path) <= 2 * MiB + 65536
@@ -101,6 +101,6 @@ def test_an_old_file_survives_being_abandoned(tmp_path: Path) -> None:
 def test_a_full_disk_is_told_with_the_files_name(tmp_path: Path) -> None:
     target = RawTarget("/dev/full", HostFile("/dev/full", os.open("/dev/full", os.O_WRONLY)), is_new=False)
     with pytest.raises(OSError, match="/dev/full") as caught:
-        target.write(0, b"x")
+        target.write(0, memoryview(b"x"))
     assert caught.value.errno == errno.ENOSPC
     target.abandon()

@@ -1,0 +1,214 @@
+"""`fleecing pull`: copy a snapshot, or any NBD export, into a file, a device, another export or a pipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import click
+
+from fleecing.cli import pull_display
+from fleecing.cli.control_client import ControlClient
+from fleecing.cli.control_commands import snapshot_path
+from fleecing.cli.params import Checked, control_option
+from fleecing.cli.pull_display import JsonLines
+from fleecing.control.names import split_export
+from fleecing.errors import ControlError, FleecingError
+from fleecing.nbd.uri import NbdUri
+from fleecing.pull.destination import Destination, Format
+from fleecing.pull.engine import Check, PullOptions, PullReport, Trim, pull
+from fleecing.units import format_size, parse_size
+
+RECONNECT = 30.0
+"""Seconds; about what a restart of the server takes, with room."""
+
+
+def _rate(text: str) -> int:
+    size = parse_size(text)
+    if not size:
+        raise ValueError("a bandwidth of 0 would never come to an end")
+    return size
+
+
+BANDWIDTH = Checked("SIZE", _rate)
+
+
+@click.command(
+    "pull",
+    short_help="Copy a snapshot, or any NBD export.",
+    epilog="""\b
+Examples:
+  fleecing pull vda@monday vda.qcow2
+  fleecing pull nbd://host/vda@monday vda.img --bandwidth 50M
+  fleecing pull vda@monday vda.img --resume          after a run that was cut off
+  fleecing pull vda@monday - | restic backup --stdin --stdin-filename vda.img
+  fleecing pull vda@monday nbd+unix:///?socket=/tmp/other.sock
+""",
+)
+@click.argument("source", metavar="URI|DISK@SNAPSHOT")
+@click.argument("target", metavar="TARGET")
+@click.option(
+    "--format", "form", type=click.Choice([f.value for f in Format]), help="Of a new file; else by its ending."
+)
+@click.option("--no-trim", is_flag=True, help="Do not trim the snapshot behind the read head.")
+@click.option("--resume", is_flag=True, help="Go on where a run that was cut off ended; start where there was none.")
+@click.option("--existing", is_flag=True, help="Write over TARGET, a file that is there.")
+@click.option("--journal", metavar="FILE", help="Where a run can be resumed from; else TARGET.journal for a new file.")
+@click.option("--bitmap", metavar="NAME", help="Copy what this dirty bitmap of the export says; else its only one.")
+@click.option("--no-bitmap", is_flag=True, help="Copy everything, whatever dirty bitmap the export has.")
+@click.option("--connections", type=click.IntRange(1, 64), default=4, show_default=True, help="To the server, at most.")
+@click.option("--depth", type=click.IntRange(1, 64), default=4, show_default=True, help="Requests a connection.")
+@click.option("--bandwidth", type=BANDWIDTH, help="Most bytes a second, as in 50M.")
+@click.option(
+    "--reconnect",
+    type=click.FloatRange(0, 86400),
+    default=RECONNECT,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long a lost connection is tried again; 0 = a loss is a failure.",
+)
+@click.option("--no-check", is_flag=True, help="Keep no checksums for a later --resume.")
+@click.option("--json", "as_json", is_flag=True, help="Tell progress and the end as lines of JSON.")
+@control_option
+def pull_command(*, source: str, target: str, form: str | None, control: str, **options: Any) -> None:
+    """Copy a snapshot (DISK@SNAPSHOT of the server at --control), or any export by its URI, to TARGET.
+
+    TARGET is a new file (raw, or qcow2 where its name ends in .qcow2), a block device, the URI of another export, or -
+    for stdout. Only what is allocated is read, and where the export has a dirty bitmap, only what is dirty. What the
+    target has is trimmed: the snapshot's temp space is free at once, and it can be read once only.
+
+    A file is called TARGET.part until it is whole. A run that was killed or failed is continued with --resume.
+    """
+    if options["bitmap"] and options["no_bitmap"]:
+        raise click.UsageError("--bitmap and --no-bitmap do not go together.")
+    try:
+        destination = Destination(
+            target,
+            format=_format(form, target),
+            resume=options["resume"],
+            existing=options["existing"],
+            journal_path=options["journal"],
+        )
+    except ValueError as e:
+        raise click.BadParameter(str(e), param_hint="TARGET") from None
+    stream = sys.stderr if destination.is_stream else sys.stdout
+    uri, temp = resolve(source, control)
+    lines = JsonLines(stream, temp) if options["as_json"] else None
+    try:
+        report = _run(uri, destination, make_options(**options), lines or pull_display.choose(temp))
+    except (FleecingError, OSError) as e:
+        if lines is not None:
+            lines.event("failed", error=str(e))
+        raise
+    if lines is not None:
+        lines.event("done", target=target, **(dataclasses.asdict(report) if report else {}))
+    else:
+        click.echo(summary(report, target), err=True)
+
+
+def make_options(
+    *,
+    no_trim: bool = False,
+    bitmap: str | None = None,
+    no_bitmap: bool = False,
+    connections: int = 4,
+    depth: int = 4,
+    bandwidth: int | None = None,
+    reconnect: float = RECONNECT,
+    no_check: bool = False,
+    **_: Any,
+) -> PullOptions:
+    """The engine's options from those of the command line."""
+    return PullOptions(
+        connections=connections,
+        depth=depth,
+        trim=Trim.NEVER if no_trim else Trim.SNAPSHOT,
+        reconnect=reconnect,
+        bandwidth=bandwidth,
+        bitmap="" if no_bitmap else bitmap,
+        check=Check.NONE if no_check else Check.CRC32,
+    )
+
+
+def resolve(source: str, control: str) -> tuple[NbdUri, pull_display.TempCall]:
+    """The URI of the source, and how to learn what temp space it takes. Raises ControlError and click's errors."""
+    if "://" in source:
+        try:
+            uri = NbdUri.parse(source)
+        except ValueError as e:
+            raise click.BadParameter(str(e), param_hint="URI") from None
+        return uri, _temp_call(control, uri.export)
+    try:
+        which = split_export(source)
+    except ValueError as e:
+        raise click.BadParameter(str(e), param_hint="URI|DISK@SNAPSHOT") from None
+    info = ControlClient(control).request("GET", snapshot_path(which))
+    return NbdUri.parse(info["uris"][0]), _temp_call(control, source)
+
+
+def _temp_call(control: str, export: str) -> pull_display.TempCall:
+    """Asks the server at the control socket, until it does not know the snapshot."""
+    client: ControlClient | None = ControlClient(control, timeout=5)
+    try:
+        which = split_export(export)
+    except ValueError:
+        client, which = None, ("", "")
+
+    def temp() -> int | None:
+        nonlocal client
+        if client is None:
+            return None
+        try:
+            return int(client.request("GET", snapshot_path(which))["temp"]["used"])
+        except ControlError:
+            client = None
+            return None
+
+    return temp
+
+
+def _format(form: str | None, target: str) -> Format:
+    if form is not None:
+        return Format(form)
+    return Format.QCOW2 if target.endswith(".qcow2") else Format.RAW
+
+
+def _run(
+    uri: NbdUri, destination: Destination, options: PullOptions, display: pull_display.Display
+) -> PullReport | None:
+    """None where an earlier run had done everything."""
+    if destination.is_finished:
+        destination.forget_journal()
+        return None
+    journal = destination.prepare()
+    try:
+        with display:
+            report = pull(uri, destination.open, options, journal=journal, progress=display)
+        if journal is not None:
+            journal.remove()
+    except BaseException:
+        if journal is not None:
+            journal.close()
+            if journal.is_of_use:
+                click.echo(f"What there is of {destination.name} is kept; --resume goes on from there.", err=True)
+        raise
+    return report
+
+
+def summary(report: PullReport | None, target: str) -> str:
+    """What was done, for people."""
+    if report is None:
+        return f"{target} was finished by the earlier run."
+    parts = [f"Pulled {format_size(report.data)} of data in {report.seconds:.1f} s, {pull_display.rate(report.rate)}"]
+    for count, what in (
+        (report.zeroes, "of zeroes"),
+        (report.clean, f"not changed since {report.bitmap}"),
+        (report.resumed, "by the earlier run"),
+        (report.trimmed, "trimmed"),
+    ):
+        if count:
+            parts.append(f"{format_size(count)} {what}")
+    if report.reconnects:
+        parts.append(f"connected again {report.reconnects} times")
+    return "; ".join(parts)

@@ -1,0 +1,110 @@
+"""From what an operator names as the target to an open one, new or resumed, with the journal that goes with it.
+
+disk.img         being made: disk.img.part, disk.img.journal; renamed when it is whole
+/dev/sdx         a device, or with `existing` a file: written over in place; a journal only where one is named
+nbd://...        another export, in the same way
+-                standard output, in order; nothing can be resumed
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from enum import Enum
+
+from fleecing.errors import ImageError
+from fleecing.nbd.uri import NbdUri
+from fleecing.pull.journal import Journal
+from fleecing.pull.target import PART, RawTarget, Target
+
+JOURNAL = ".journal"
+"""Behind the name of a target that is being made."""
+
+
+class Format(Enum):
+    """What kind of file is made."""
+
+    RAW = "raw"
+    QCOW2 = "qcow2"
+
+
+@dataclass
+class Destination:
+    """A target that is not open yet. `name` is a path, an NBD URI or "-"."""
+
+    name: str
+    format: Format = Format.RAW
+    resume: bool = False
+    existing: bool = False
+    journal_path: str | None = None
+
+    def __post_init__(self) -> None:
+        self.is_stream = self.name == "-"
+        self.uri = NbdUri.parse(self.name) if "://" in self.name else None
+        self.is_new_file = not (self.is_stream or self.uri or self.existing or _is_device(self.name))
+        if self.is_new_file and self.journal_path is None:
+            self.journal_path = self.name + JOURNAL
+        self.resuming = False
+
+    def prepare(self) -> Journal | None:
+        """The journal of this run. Raises ImageError where something stands in the way; nothing is changed then."""
+        if self.is_new_file:
+            self._check_names()
+        if self.journal_path is None or self.is_stream:
+            return None
+        if os.path.lexists(self.journal_path):
+            if not self.resume:
+                raise ImageError(
+                    self.journal_path,
+                    -1,
+                    "is left of a pull that was cut off: go on with --resume, or remove it, with what that pull made",
+                )
+            if self._is_there() and os.path.getsize(self.journal_path):
+                self.resuming = True
+                return Journal.resume(self.journal_path)
+            os.unlink(self.journal_path)  # nothing had been kept
+            if self.is_new_file and os.path.lexists(self.name + PART):
+                os.unlink(self.name + PART)
+        return Journal(self.journal_path)
+
+    def _is_there(self) -> bool:
+        return not self.is_new_file or os.path.lexists(self.name + PART)
+
+    def _check_names(self) -> None:
+        part = self.name + PART
+        has_journal = self.journal_path is not None and os.path.lexists(self.journal_path)
+        if os.path.lexists(self.name):
+            raise ImageError(self.name, -1, "is there already: remove it, or take another name")
+        if os.path.lexists(part) and not has_journal:
+            raise ImageError(part, -1, "is in the way, and no journal says what it holds: remove it")
+
+    @property
+    def is_finished(self) -> bool:
+        """An earlier run made the target and was killed before it could remove its journal."""
+        return (
+            self.resume
+            and self.is_new_file
+            and self.journal_path is not None
+            and os.path.lexists(self.journal_path)
+            and os.path.lexists(self.name)
+            and not os.path.lexists(self.name + PART)
+        )
+
+    def forget_journal(self) -> None:
+        """Nothing is left to resume."""
+        if self.journal_path is not None:
+            os.unlink(self.journal_path)
+
+    def open(self, size: int) -> Target:
+        """The target for a disk of `size` bytes, as `prepare` has found it. Raises OSError and ImageError."""
+        if self.is_new_file:
+            return RawTarget.resume(self.name, size) if self.resuming else RawTarget.create(self.name, size)
+        return RawTarget.overwrite(self.name, size)
+
+
+def _is_device(path: str) -> bool:
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        return False

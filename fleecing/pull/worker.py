@@ -1,0 +1,194 @@
+"""One connection of a pull, in its thread: keeps its slots full until the plan is empty, comes back when it is lost.
+
+What was in flight when a connection is lost goes back to the plan: a READ is asked again, and so is the TRIM of what
+the target has already. Nothing is trimmed before the target has it, so no answer that got lost can lose data.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from threading import Condition, Event
+from typing import Protocol
+
+from fleecing.client.connection import Connection
+from fleecing.client.request import Request
+from fleecing.errors import ProtocolError, RequestError
+from fleecing.nbd.client_handshake import ExportRefused
+from fleecing.nbd.constants import Cmd, NbdError
+from fleecing.pull.journal import NO_CHECK
+from fleecing.pull.limiter import Bandwidth
+from fleecing.pull.plan import Piece, Plan, StatusCall
+from fleecing.pull.source import Source
+from fleecing.pull.target import Target
+
+log = logging.getLogger(__name__)
+
+_FIRST_DELAY, _LAST_DELAY = 0.05, 2.0
+"""Seconds between attempts to connect again; each is twice the one before."""
+
+
+CheckCall = Callable[[memoryview], bytes]
+"""The checksum of a piece's bytes."""
+
+
+class Shared(Protocol):
+    """What the workers of a pull have in common."""
+
+    source: Source
+    target: Target
+    plan: Plan
+    trims: bool
+    depth: int
+    piece: int
+    reconnect: float
+    bandwidth: Bandwidth | None
+    check: CheckCall | None
+    changed: Condition
+    stopped: Event
+
+    def adopt(self, old: Connection, new: Connection) -> None:
+        """`new` takes the place of `old`."""
+
+    def kept(self, piece: Piece, check: bytes) -> None:
+        """The target has the piece."""
+
+    def trimmed(self, piece: Piece) -> None:
+        """The server does not need it any more."""
+
+
+class Worker:
+    """Works until nothing is left to do; raises the first error that another connection does not mend."""
+
+    def __init__(self, shared: Shared, connection: Connection) -> None:
+        self._shared = shared
+        self._connection = connection
+        self._ask: StatusCall | None = shared.source.status_call(connection)
+        self._buffers = [bytearray(shared.piece) for _ in range(shared.depth)]
+        self._on_the_way: dict[int, tuple[Piece, bytearray]] = {}
+        self._lost_at: float | None = None
+
+    def run(self) -> None:
+        while True:
+            try:
+                self._work()
+                return
+            except (OSError, ProtocolError, RequestError) as e:
+                if self._shared.stopped.is_set() or not self._may_come_back(e):
+                    raise
+                log.info("%s, connecting again", e)
+                self._put_all_back()
+                self._connect_again(e)
+
+    def _work(self) -> None:
+        while True:
+            while self._buffers:
+                piece = self._shared.plan.take(self._ask, before=self._shared.target.limit())
+                if piece is None:
+                    break
+                self._start(piece, self._buffers.pop())
+            if self._on_the_way:
+                request = self._connection.next_finished()
+                if request.error is not None:
+                    raise request.error
+                self._lost_at = None
+                self._answered(request)
+            elif self._shared.plan.exhausted:
+                return
+            else:
+                self._wait_for_room()
+
+    def _wait_for_room(self) -> None:
+        """The target takes nothing further on before others have written what comes first."""
+        shared = self._shared
+        with shared.changed:
+            shared.changed.wait_for(lambda: shared.stopped.is_set() or self._has_room(), timeout=1.0)
+        if shared.stopped.is_set():
+            raise ConnectionError("the pull was stopped")
+
+    def _has_room(self) -> bool:
+        limit = self._shared.target.limit()
+        return limit is None or self._shared.plan.next_offset() < limit
+
+    def _start(self, piece: Piece, buffer: bytearray) -> None:
+        shared = self._shared
+        if piece.is_zero and not piece.is_kept:
+            shared.target.zero(piece.offset, piece.length)
+            self._kept(piece, buffer, NO_CHECK)
+            return
+        if shared.bandwidth is not None and not piece.is_kept:
+            shared.stopped.wait(shared.bandwidth.delay(piece.length))
+        self._send(piece, buffer)
+
+    def _send(self, piece: Piece, buffer: bytearray) -> None:
+        """Ask for the piece, or to trim it."""
+        try:
+            if piece.is_kept:
+                request = self._connection.submit_trim(piece.offset, piece.length)
+            else:
+                request = self._connection.submit_read(piece.offset, memoryview(buffer)[: piece.length])
+        except BaseException:
+            self._shared.plan.put_back(piece)
+            self._buffers.append(buffer)
+            raise
+        self._on_the_way[request.cookie] = piece, buffer
+
+    def _answered(self, request: Request) -> None:
+        piece, buffer = self._on_the_way.pop(request.cookie)
+        if request.command is Cmd.READ:
+            data = memoryview(buffer)[: piece.length]
+            self._shared.target.write(piece.offset, data)
+            self._kept(piece, buffer, NO_CHECK if self._shared.check is None else self._shared.check(data))
+        else:
+            self._shared.trimmed(piece)
+            self._buffers.append(buffer)
+
+    def _kept(self, piece: Piece, buffer: bytearray, check: bytes) -> None:
+        """The target has the piece: trim it, or be done with it."""
+        self._shared.kept(piece, check)
+        if self._shared.trims:
+            self._send(piece._replace(is_kept=True), buffer)
+        else:
+            self._buffers.append(buffer)
+
+    # After a loss
+
+    def _may_come_back(self, error: Exception) -> bool:
+        if isinstance(error, RequestError):
+            # "ESHUTDOWN: Server is in the process of being shut down"
+            return self._shared.reconnect > 0 and error.error == NbdError.ESHUTDOWN
+        return self._shared.reconnect > 0 and self._connection.is_lost
+
+    def _put_all_back(self) -> None:
+        for piece, buffer in self._on_the_way.values():
+            self._shared.plan.put_back(piece)
+            self._buffers.append(buffer)
+        self._on_the_way.clear()
+
+    def _connect_again(self, cause: Exception) -> None:
+        """A new connection, within `reconnect` seconds since the last answer. Raises `cause` where there is none."""
+        shared = self._shared
+        now = time.monotonic()
+        if self._lost_at is None:
+            self._lost_at = now
+        deadline = self._lost_at + shared.reconnect
+        delay = _FIRST_DELAY
+        connection: Connection | None = None
+        while connection is None:
+            if shared.stopped.wait(min(delay, max(0.0, deadline - time.monotonic()))):
+                raise cause
+            try:
+                connection = shared.source.connect()
+            except ExportRefused as e:
+                if e.reply is not None:
+                    raise
+                log.debug("! %s", e)
+            except (OSError, ProtocolError) as e:
+                log.debug("! %s", e)
+            if connection is None and time.monotonic() >= deadline:
+                raise cause
+            delay = min(2 * delay, _LAST_DELAY)
+        shared.adopt(self._connection, connection)
+        self._connection = connection
+        self._ask = shared.source.status_call(connection)
