@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import pytest
 
-from fleecing.block.copy_before_write import CopyBeforeWrite, Done
+from fleecing.block.copy_before_write import CopyBeforeWrite
 from fleecing.block.node import Buffer
 from fleecing.nbd.constants import Cmd, CmdFlag, NbdError, ReplyMode
 from fleecing.server.export import active_export
@@ -20,6 +20,8 @@ from tests.block.rig import SECONDS, in_thread, pattern
 from tests.server.rig import CLUSTER, Disk, MakeDisk, MakeLine
 
 SIZE = 2 * MiB
+Done = Callable[[Exception | None], None]
+
 SIMPLE, STRUCTURED = ReplyMode.SIMPLE, ReplyMode.STRUCTURED
 
 
