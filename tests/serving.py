@@ -77,7 +77,7 @@ class Server:
         return str(NbdUri(export=export, socket=str(self.unix)))
 
     def snapshot(self, disk: str = "vda", name: str | None = None, *, tcp: bool = False, **request: Any) -> str:
-        """Freeze one disk; the snapshot's NBD URI. `request`: temp_limit, on_cbw_error, cbw_timeout."""
+        """Freeze one disk; the snapshot's NBD URI. `request`: what SnapshotRequest takes."""
         return self.uri(self.freeze(disk, name=name, **request)[0]["export"], tcp=tcp)
 
     def freeze(self, *disks: str, name: str | None = None, **request: Any) -> list[dict[str, Any]]:
@@ -101,6 +101,21 @@ class Server:
         """(offset, length, state) of the runs of DISK@SNAPSHOT's clusters."""
         runs = self.control.request("GET", f"/v1/snapshots/{export}/map")["runs"]
         return [(run["offset"], run["length"], run["state"]) for run in runs]
+
+    def checkpoints(self, disk: str = "vda") -> list[dict[str, Any]]:
+        """What the API tells of the checkpoints of a disk."""
+        found: list[dict[str, Any]] = self.control.request("GET", f"/v1/checkpoints?disk={disk}")["checkpoints"]
+        return found
+
+    def changed(self, checkpoint: str) -> list[tuple[int, int]]:
+        """(offset, length) of what changed since DISK@CHECKPOINT."""
+        extents = self.control.request("GET", f"/v1/checkpoints/{checkpoint}/extents")["extents"]
+        return [(extent["offset"], extent["length"]) for extent in extents]
+
+    def delete_checkpoint(self, checkpoint: str) -> bool:
+        """Delete DISK@CHECKPOINT; False where there was none."""
+        deleted: bool = self.control.request("DELETE", f"/v1/checkpoints/{checkpoint}")["deleted"]
+        return deleted
 
     def status(self) -> dict[str, Any]:
         """All that the API tells of the server."""

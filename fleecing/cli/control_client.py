@@ -23,6 +23,16 @@ class ControlClient:
 
     def request(self, method: str, path: str, body: Any = None) -> Any:
         """The JSON of the answer. Raises ControlError with the server's sentence, or with one why there is none."""
+        return self._answer(*self._call(method, path, body))
+
+    def download(self, path: str) -> bytes:
+        """The answer to a GET as it is. Raises ControlError as `request` does."""
+        status, content = self._call("GET", path, None)
+        if status >= 400:
+            self._answer(status, content)
+        return content
+
+    def _call(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
         connection = _UnixConnection(self.path, self._timeout)
         headers = {} if body is None else {"Content-Type": "application/json"}
         try:
@@ -49,7 +59,7 @@ class ControlClient:
             ) from e
         finally:
             connection.close()
-        return self._answer(response.status, text)
+        return response.status, text
 
     def _answer(self, status: int, text: bytes) -> Any:
         try:

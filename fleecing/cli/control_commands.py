@@ -26,6 +26,7 @@ def snapshot() -> None:
 Examples:
   fleecing snapshot create vda
   fleecing snapshot create vda vdb --name monday --temp-limit 20G
+  fleecing snapshot create vda --checkpoint tuesday --since monday --or-full
   qemu-img convert -f raw -O qcow2 "$(fleecing snapshot create vda)" vda.qcow2
 """
 )
@@ -47,6 +48,18 @@ Examples:
     metavar="SECONDS",
     help="How long a guest write may wait for its copy; longer is a copy error. 0 = no limit.",
 )
+@click.option(
+    "--checkpoint", type=NAME, help="Make this checkpoint, too: what changes from this instant on is tracked."
+)
+@click.option("--since", type=NAME, metavar="CHECKPOINT", help="Incremental: only what changed since this checkpoint.")
+@click.option("--or-full", is_flag=True, help="With --since: a full snapshot where the changes are not known.")
+@click.option(
+    "--bitmap",
+    type=NAME,
+    metavar="CHECKPOINT",
+    help="Full, with what changed since this checkpoint as a dirty bitmap.",
+)
+@click.option("--bitmap-name", type=NAME, help="Name of the dirty bitmap; else that of the checkpoint it begins with.")
 @click.option("--tcp", is_flag=True, help="Print URIs over TCP, where the server has a Unix socket, too.")
 @control_option
 @json_option
@@ -57,6 +70,11 @@ def create(
     temp_limit: int | None,
     on_cbw_error: str,
     cbw_timeout: float,
+    checkpoint: str | None,
+    since: str | None,
+    or_full: bool,
+    bitmap: str | None,
+    bitmap_name: str | None,
     tcp: bool,
     control: str,
     as_json: bool,
@@ -66,18 +84,34 @@ def create(
     Give the URI to any NBD client, read it, and send TRIM for what was read: that frees its temp space at once. The
     URIs are the only output on stdout; they are those over a Unix socket where the server has one. --json prints all
     there is to know, with the URIs of every listener.
+
+    An incremental snapshot (--since) shows what changed and nothing else, and has one dirty bitmap that says where.
+    With --or-full, a disk whose changes are not known gets a full one; which and why is told on stderr.
     """
     if not math.isfinite(cbw_timeout):
         raise click.BadParameter(f"{cbw_timeout} is no number of seconds", param_hint="--cbw-timeout")
     repeated = sorted({disk for disk in disks if disks.count(disk) > 1})
     if repeated:
         raise click.UsageError(f"DISK '{repeated[0]}' is named twice.")
+    if since is not None and bitmap is not None:
+        raise click.UsageError(
+            "--since and --bitmap do not go together: an incremental snapshot has its bitmap anyway."
+        )
+    if or_full and since is None:
+        raise click.UsageError("--or-full goes with --since only.")
+    if bitmap_name is not None and since is None and bitmap is None:
+        raise click.UsageError("--bitmap-name goes with --since or --bitmap only.")
     body = {
         "disks": disks,
         "name": name,
         "temp_limit": temp_limit,
         "on_cbw_error": on_cbw_error,
         "cbw_timeout": cbw_timeout,
+        "checkpoint": checkpoint,
+        "since": since,
+        "or_full": or_full,
+        "bitmap": bitmap,
+        "bitmap_name": bitmap_name,
     }
     client = ControlClient(control)
     if tcp and not any(map(_is_tcp, client.request("GET", "/v1/disks")["disks"][0]["uris"])):
@@ -87,6 +121,8 @@ def create(
         print_json(answer["snapshots"])
         return
     for made in answer["snapshots"]:
+        if made["reason"] is not None:
+            click.echo(f"{made['export']}: full, not incremental: {made['reason']}", err=True)
         click.echo(next(uri for uri in made["uris"] if _is_tcp(uri) or not tcp))
 
 
@@ -145,6 +181,10 @@ def show(*, which: tuple[str, str], control: str, as_json: bool) -> None:
         ("state", s["state"]),
         *([("broken", s["broken"])] if s["state"] == "broken" else []),
         ("created", local_time(s["created"])),
+        ("mode", s["mode"] if s["since"] is None else f"incremental, changes since {s['since']}"),
+        *([("reason", s["reason"])] if s["reason"] is not None else []),
+        *([("checkpoint", s["checkpoint"])] if s["checkpoint"] is not None else []),
+        *([("dirty bitmap", s["bitmap"])] if s["bitmap"] is not None else []),
         ("size", f"{format_size(s['size'])} in clusters of {format_size(size)}"),
         *((state.replace("_", " "), f"{n} clusters, {format_size(n * size)}") for state, n in counts.items()),
         ("copied ever", f"{s['copied_total']} clusters"),

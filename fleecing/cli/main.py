@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 import fleecing
+from fleecing.cli.checkpoint_commands import checkpoint
 from fleecing.cli.control_commands import disk, snapshot
 from fleecing.cli.demo import demo
 from fleecing.cli.map_command import map_
@@ -54,6 +55,6 @@ def main() -> None:
     """
 
 
-for command in (serve, check_config, snapshot, disk, status, map_, demo):
+for command in (serve, check_config, snapshot, checkpoint, disk, status, map_, demo):
     main.add_command(command)
 main.add_command(pull_command)

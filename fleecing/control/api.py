@@ -18,8 +18,10 @@ from pydantic import BaseModel, ValidationError
 from fleecing.control.config import explain
 from fleecing.control.metrics import CONTENT_TYPE, Metrics
 from fleecing.control.models import (
+    CheckpointList,
     Deleted,
     DiskList,
+    ExtentPage,
     MapPage,
     SnapshotInfo,
     SnapshotList,
@@ -39,7 +41,8 @@ MAX_MAP_RUNS = 100_000
 """Runs that one answer of a map holds, about: some MiB of JSON."""
 
 _SNAPSHOT = "/v1/snapshots/{disk}@{name}"
-_MAP_QUERY = (
+_CHECKPOINT = "/v1/checkpoints/{disk}@{name}"
+_PAGE_QUERY = (
     Parameter("offset", "bytes; where to start, 0 if not given"),
     Parameter("limit", f"about how many runs to answer, at most {MAX_MAP_RUNS}"),
 )
@@ -89,8 +92,43 @@ class _Api:
                 self.map,
                 "Runs of cluster states, in pages",
                 MapPage,
-                query=_MAP_QUERY,
+                query=_PAGE_QUERY,
                 problems=(400, 404, 409),
+            ),
+            Route(
+                "GET",
+                "/v1/checkpoints",
+                self.checkpoints,
+                "All checkpoints, or those of one disk",
+                CheckpointList,
+                query=(Parameter("disk", "only those of this disk", text=True),),
+                problems=(404,),
+            ),
+            Route(
+                "DELETE",
+                _CHECKPOINT,
+                self.delete_checkpoint,
+                "Forget a checkpoint; no other one loses a change, and it can be repeated",
+                Deleted,
+                problems=(404, 503),
+            ),
+            Route(
+                "GET",
+                f"{_CHECKPOINT}/extents",
+                self.extents,
+                "What changed since a checkpoint, in pages",
+                ExtentPage,
+                query=_PAGE_QUERY,
+                problems=(400, 404, 409),
+            ),
+            Route(
+                "GET",
+                f"{_CHECKPOINT}/bitmap",
+                self.bitmap,
+                "What changed since a checkpoint, as a bit file",
+                None,
+                problems=(404, 409),
+                content_type="application/octet-stream",
             ),
             Route("GET", "/metrics", self.metrics, "Figures for Prometheus", None, content_type="text/plain"),
             Route("GET", "/openapi.json", self.openapi, "This document", None),
@@ -122,10 +160,24 @@ class _Api:
         deleted = await asyncio.to_thread(self._manager.delete, disk, name)
         return _answer(Deleted(disk=disk, name=name, deleted=deleted))
 
+    async def checkpoints(self, request: web.Request) -> web.Response:
+        found = await asyncio.to_thread(self._reporter.checkpoints, request.query.get("disk"))
+        return _answer(CheckpointList(checkpoints=found))
+
+    async def delete_checkpoint(self, request: web.Request) -> web.Response:
+        disk, name = _which(request)
+        deleted = await asyncio.to_thread(self._manager.delete_checkpoint, disk, name)
+        return _answer(Deleted(disk=disk, name=name, deleted=deleted))
+
+    async def extents(self, request: web.Request) -> web.Response:
+        return _answer(await asyncio.to_thread(self._reporter.extent_page, *_which(request), *_page(request)))
+
+    async def bitmap(self, request: web.Request) -> web.Response:
+        body = await asyncio.to_thread(self._reporter.bitmap_file, *_which(request))
+        return web.Response(body=body, content_type="application/octet-stream")
+
     async def map(self, request: web.Request) -> web.Response:
-        offset = _number(request, "offset", 0)
-        limit = min(max(_number(request, "limit", MAX_MAP_RUNS), 1), MAX_MAP_RUNS)
-        return _answer(await asyncio.to_thread(self._reporter.map_page, *_which(request), offset, limit))
+        return _answer(await asyncio.to_thread(self._reporter.map_page, *_which(request), *_page(request)))
 
     async def metrics(self, request: web.Request) -> web.Response:
         return web.Response(body=await asyncio.to_thread(self._metrics.text), headers={"Content-Type": CONTENT_TYPE})
@@ -140,6 +192,11 @@ def _answer(model: BaseModel, status: int = 200) -> web.Response:
 
 def _which(request: web.Request) -> tuple[str, str]:
     return request.match_info["disk"], request.match_info["name"]
+
+
+def _page(request: web.Request) -> tuple[int, int]:
+    limit = min(max(_number(request, "limit", MAX_MAP_RUNS), 1), MAX_MAP_RUNS)
+    return _number(request, "offset", 0), limit
 
 
 def _number(request: web.Request, name: str, default: int) -> int:

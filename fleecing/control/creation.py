@@ -10,6 +10,7 @@ looks only after those disks of a record that are its own.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import glob
@@ -20,14 +21,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 
-from fleecing.block.graph import OnBroken, freeze
+from bitarray import bitarray
+
+from fleecing.block.bitfile import BitFile
+from fleecing.block.copy_before_write import CopyBeforeWrite
+from fleecing.block.graph import OnBroken, SnapshotSpec, freeze
 from fleecing.block.snapshot_access import SnapshotAccess
+from fleecing.control.checkpoint import Changes, Untracked
 from fleecing.control.disk import Disk, Snapshot
 from fleecing.control.models import SnapshotRequest
 from fleecing.control.names import export_name
 from fleecing.control.revival import make_snapshot, snapshot_spec
-from fleecing.control.state import CreationRecord, SnapshotRecord, boot_id, read_json, remove, write_json
-from fleecing.control.store import RECORD_NAME
+from fleecing.control.state import (
+    CreationRecord,
+    SnapshotMode,
+    SnapshotRecord,
+    boot_id,
+    read_json,
+    remove,
+    write_json,
+)
+from fleecing.control.store import BITMAP_NAME, RECORD_NAME, SCOPE_NAME
 from fleecing.errors import BlockError, ControlError, ImageError
 
 log = logging.getLogger(__name__)
@@ -66,43 +80,72 @@ class Creation:
         self._undo: list[Callable[[], object]] = []
 
     def run(self) -> list[Snapshot]:
-        """Raises ControlError; then nothing is left behind."""
+        """Raises ControlError; then nothing is left behind, or `undo` returns False."""
         for disk in self._disks:
             _check_image(disk)
             _check_space(disk, self._name)
+            if self._request.checkpoint is not None:
+                disk.chain.check_free(self._request.checkpoint)
+        created = datetime.now(UTC)
+        parts = [_Part(disk, self._name, self._request, created) for disk in self._disks]
         names = tuple(disk.name for disk in self._disks)
+        content = CreationRecord(disks=names, snapshot=self._name, checkpoint=self._request.checkpoint)
         with _blaming(f"state folder {self._state_dir}", self._name):
-            write_json(self._path, CreationRecord(disks=names, snapshot=self._name, checkpoint=None))
+            write_json(self._path, content)
         try:
-            made = self._make()
+            made = self._make(parts)
             with _blaming(f"state folder {self._state_dir}", self._name):
                 remove(self._path)
         except BaseException:
-            self._undo_all()
+            self.undo()
             raise
         return made
 
-    def _undo_all(self) -> None:
-        """Where something cannot be undone now, the next start does it."""
+    def undo(self) -> bool:
+        """Take back what was made; False where not all of it could be: to be tried again, the next start does."""
         try:
             with ExitStack() as steps:  # the last one first, and all of them
                 for undo in self._undo:
                     steps.callback(undo)
             remove(self._path)
+            self._undo.clear()
         except OSError as e:
             log.error("snapshot '%s' was not made, and not all of it could be undone: %s", self._name, e)
+            return False
+        return True
 
-    def _make(self) -> list[Snapshot]:
-        created = datetime.now(UTC)
-        records = [self._record(disk, created) for disk in self._disks]
+    def _make(self, parts: Sequence[_Part]) -> list[Snapshot]:
         pairs = []
-        for disk, record in zip(self._disks, records, strict=True):
-            with _blaming(_temp_folder(disk), export_name(disk.name, self._name)):
-                temp_path = disk.folder.add_snapshot(self._name)
-            self._undo.append(functools.partial(disk.folder.remove_snapshot, self._name))
-            pairs.append((disk.node, snapshot_spec(disk, record, temp_path)))
+        for part in parts:
+            with _blaming(_temp_folder(part.disk), part.export):
+                temp_path = part.disk.folder.add_snapshot(self._name)
+            self._undo.append(functools.partial(part.disk.folder.remove_snapshot, self._name))
+            pairs.append((part.disk.node, self._spec(part, temp_path)))
+        nodes = self._freeze(parts, pairs)
+        for node in nodes:
+            self._undo.append(functools.partial(node.remove, REMOVE_SECONDS))
+        made = [part.keep(node) for part, node in zip(parts, nodes, strict=True)]
+        if self._request.checkpoint is not None:
+            for part in parts:
+                with _blaming(f"state folder {part.disk.folder.path}", part.export):
+                    part.disk.chain.commit(self._request.checkpoint)
+        return made
+
+    def _spec(self, part: _Part, temp_path: str) -> SnapshotSpec:
+        checkpoint, chain = self._request.checkpoint, part.disk.chain
+        tracker = None
+        if checkpoint is not None:
+            with _blaming(f"state folder {part.disk.folder.path}", part.export):
+                tracker = chain.begin(checkpoint, part.record.created)
+            self._undo.append(functools.partial(chain.undo, checkpoint, self._drain_seconds))
+        spec = snapshot_spec(part.disk, part.record, temp_path)
+        return dataclasses.replace(spec, scope=part.scope, tracker=tracker)
+
+    def _freeze(
+        self, parts: Sequence[_Part], pairs: Sequence[tuple[CopyBeforeWrite, SnapshotSpec]]
+    ) -> list[SnapshotAccess]:
         try:
-            nodes = freeze(pairs, drain_timeout=self._drain_seconds, on_broken=self._on_broken)
+            return freeze(pairs, drain_timeout=self._drain_seconds, on_broken=self._on_broken)
         except TimeoutError:
             raise ControlError(
                 503,
@@ -110,19 +153,26 @@ class Creation:
                 f"{self._drain_seconds:g} s to end; look at the disk's health and try again",
             ) from None
         except OSError as e:
-            raise _creation_error(_temp_folder(self._disks[0]), self._name, e) from e
+            raise _creation_error(_temp_folder(parts[0].disk), self._name, e) from e
         except BlockError as e:
             reason = e.text if isinstance(e, ImageError) else str(e)
             raise ControlError(409, f"snapshot '{self._name}' was not made: {reason}") from e
-        for node in nodes:
-            self._undo.append(functools.partial(node.remove, REMOVE_SECONDS))
-        return [self._keep(disk, record, node) for disk, record, node in zip(self._disks, records, nodes, strict=True)]
 
-    def _record(self, disk: Disk, created: datetime) -> SnapshotRecord:
-        request = self._request
-        return SnapshotRecord(
+
+class _Part:
+    """What the creation is of one disk: its record, and the changed clusters where they are wanted."""
+
+    def __init__(self, disk: Disk, name: str, request: SnapshotRequest, created: datetime) -> None:
+        """Raises ControlError where the changes are not known and have to be."""
+        self.disk = disk
+        self.export = export_name(disk.name, name)
+        self._request = request
+        self._changes: Changes | None = None
+        self._bits: bitarray | None = None
+        wanted = request.since or request.bitmap
+        self.record = SnapshotRecord(
             disk=disk.name,
-            name=self._name,
+            name=name,
             created=created,
             size=disk.node.size,
             cluster_size=disk.settings.cluster_size,
@@ -130,22 +180,70 @@ class Creation:
             on_cbw_error=request.on_cbw_error,
             cbw_timeout=request.cbw_timeout,
             boot_id=boot_id(),
+            mode=SnapshotMode.FULL if request.since is None else SnapshotMode.INCREMENTAL,
+            since=request.since,
+            checkpoint=request.checkpoint,
+            bitmap=None if wanted is None else request.bitmap_name or wanted,
         )
+        if wanted is not None:
+            try:
+                self._changes = disk.chain.changes(wanted)
+            except Untracked as e:
+                self._without_changes(e)
 
-    def _keep(self, disk: Disk, record: SnapshotRecord, node: SnapshotAccess) -> Snapshot:
-        """Write down what the next server needs."""
-        with _blaming(f"state folder {disk.folder.path}", export_name(disk.name, self._name)):
-            write_json(disk.folder.snapshot_file(self._name, RECORD_NAME), record)
-            disk.folder.sync_snapshot(self._name)
-        return make_snapshot(disk, record, node, None)
+    def _without_changes(self, cause: Untracked) -> None:
+        if self._request.since is None:
+            raise ControlError(409, f"snapshot '{self.export}' was not made: {cause}; leave the bitmap out")
+        if not self._request.or_full:
+            raise ControlError(
+                409, f"snapshot '{self.export}' was not made: {cause}; take a full one, or allow for it with --or-full"
+            )
+        self._changes = None
+        changes = {"mode": SnapshotMode.FULL, "reason": str(cause), "since": None, "bitmap": None}
+        self.record = self.record.model_copy(update=changes)
+
+    def scope(self) -> bitarray | None:
+        """At the instant: the clusters that belong to the snapshot, None = all."""
+        if self._changes is None:
+            return None
+        try:
+            self._bits = self._changes.now()
+        except Untracked as e:
+            self._without_changes(e)
+            return None
+        return self._bits if self.record.mode is SnapshotMode.INCREMENTAL else None
+
+    def keep(self, node: SnapshotAccess) -> Snapshot:
+        """After the instant: write down what the next server needs."""
+        if self.record.checkpoint is not None:
+            # What was written before the checkpoint must not come back as it was before: no bitmap would know.
+            image = self.disk.node.file
+            try:
+                image.flush()
+            except OSError as e:
+                raise ControlError(
+                    500, f"snapshot '{self.export}' was not made: image {image.path} cannot be flushed: {e.strerror}"
+                ) from e
+        bits = self._bits
+        incremental = self.record.mode is SnapshotMode.INCREMENTAL
+        with _blaming(f"state folder {self.disk.folder.path}", self.export):
+            if bits is not None:
+                path = self.disk.folder.snapshot_file(self.record.name, SCOPE_NAME if incremental else BITMAP_NAME)
+                size, cluster_size = self.record.size, self.record.cluster_size
+                kept = BitFile.create(path, size=size, granularity=cluster_size, bits=bits)
+                kept.close()
+                bits = node.clusters.scope if incremental else kept.bits
+            write_json(self.disk.folder.snapshot_file(self.record.name, RECORD_NAME), self.record)
+            self.disk.folder.sync_snapshot(self.record.name)
+        return make_snapshot(self.disk, self.record, node, bits)
 
 
-def undo_unfinished(state_dir: str, disks: Mapping[str, Disk]) -> dict[str, CreationRecord]:
+def undo_unfinished(state_dir: str, disks: Mapping[str, Disk]) -> dict[str, str | None]:
     """Take the snapshots away that a killed server had not finished to make; before any of them is looked at.
 
-    Returns the record by the names of the disks that were concerned. Raises OSError.
+    Returns the checkpoints that are to go with them, by disk. Raises OSError.
     """
-    found: dict[str, CreationRecord] = {}
+    found: dict[str, str | None] = {}
     for path in glob.glob(os.path.join(glob.escape(state_dir), _RECORDS)):
         try:
             record = read_json(path, CreationRecord)
@@ -156,7 +254,7 @@ def undo_unfinished(state_dir: str, disks: Mapping[str, Disk]) -> dict[str, Crea
             continue
         for name in record.disks:
             if name in disks:
-                found[name] = record
+                found[name] = record.checkpoint
                 freed = disks[name].folder.remove_snapshot(record.snapshot)
                 export = export_name(name, record.snapshot)
                 log.warning("leftover of an earlier run: unfinished snapshot %s, %d bytes freed", export, freed)

@@ -9,6 +9,7 @@ from fleecing.block.copy_before_write import CopyBeforeWrite
 from fleecing.block.graph import open_disk
 from fleecing.block.lost_snapshot import LostSnapshot
 from fleecing.block.snapshot_access import SnapshotAccess
+from fleecing.control.checkpoint import CheckpointChain
 from fleecing.control.config import DiskSettings, ServerSettings
 from fleecing.control.identity import Keeper
 from fleecing.control.state import SnapshotRecord
@@ -26,11 +27,13 @@ class Disk:
     node: CopyBeforeWrite
     folder: DiskFolder
     keeper: Keeper
+    chain: CheckpointChain
     export: Export
 
     def close(self) -> None:
         """Give image and folder back; what they hold stays as it is."""
         self.node.close()
+        self.chain.close()
         self.keeper.close()
         self.folder.close()
 
@@ -73,7 +76,8 @@ def open_image(name: str, settings: DiskSettings, server: ServerSettings) -> Dis
         raise
     export = active_export(name, "active disk, read-write", node, cluster_size=settings.cluster_size)
     keeper = Keeper(folder.path, node.file, settings.cluster_size)
-    return Disk(name, settings, node, folder, keeper, export)
+    chain = CheckpointChain(name, folder.checkpoints, node, settings.cluster_size)
+    return Disk(name, settings, node, folder, keeper, chain, export)
 
 
 def _refuse_qcow2(settings: DiskSettings) -> None:

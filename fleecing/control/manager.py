@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
 from fleecing.block.snapshot_access import SnapshotAccess
+from fleecing.control.checkpoint_load import load_chain
 from fleecing.control.config import ServerSettings
 from fleecing.control.creation import REMOVE_SECONDS, Creation, forget_unfinished, undo_unfinished
 from fleecing.control.disk import Disk, Snapshot, open_image
@@ -52,6 +53,7 @@ class Manager:
         self._snapshots: dict[tuple[str, str], Snapshot] = {}
         self._lock = threading.Lock()
         self._creation = threading.Lock()
+        self._undoing: Creation | None = None
         self._tickers: list[Ticker] = []
         opened: dict[str, Disk] = {}
         try:
@@ -63,10 +65,8 @@ class Manager:
             for disk in opened.values():
                 disk.close()
             raise
-        self._tickers = [
-            Ticker(self._touch, TOUCH_SECONDS, name="alive"),
-            Ticker(self._settle, SETTLE_SECONDS, name="settle"),
-        ]
+        self._settling = Ticker(self._settle, SETTLE_SECONDS, name="settle")
+        self._tickers = [self._settling, Ticker(self._touch, TOUCH_SECONDS, name="alive")]
 
     def _take_over(self, opened: dict[str, Disk]) -> None:
         """What was unfinished ends first; then one disk after the other: judged, its snapshots, and it may be served.
@@ -74,10 +74,11 @@ class Manager:
         A disk moves from `opened` to `disks` when all that it needs to be closed well is known of it.
         """
         try:
-            undo_unfinished(self._state_dir, opened)
+            unfinished = undo_unfinished(self._state_dir, opened)
             for name in list(opened):
                 disk = opened[name]
                 verdict = disk.keeper.judge()
+                load_chain(disk.chain, verdict, unfinished.get(name))
                 found = revive_all(disk, verdict, _report_broken)
                 disk.keeper.begin()
                 self.disks[name] = opened.pop(name)
@@ -98,6 +99,7 @@ class Manager:
         for disk in list(self.disks.values()):
             try:
                 disk.keeper.persist()
+                disk.chain.settle()
             except OSError as e:
                 log.error("disk %s: its state cannot be made durable: %s", disk.name, e)
 
@@ -162,14 +164,26 @@ class Manager:
                     raise ControlError(
                         409, f"disk '{disk.name}' has a snapshot '{name}' already: delete it or take another name"
                     )
-            made = Creation(
+            self._finish_undoing()
+            creation = Creation(
                 self._state_dir, disks, name, request, drain_seconds=self._drain_seconds, on_broken=_report_broken
-            ).run()
+            )
+            self._undoing = creation
+            made = creation.run()
+            self._undoing = None
             with self._lock:
                 self._snapshots.update({(s.disk.name, s.name): s for s in made})
+        if request.checkpoint is not None:
+            self._settling.hurry()
         for snapshot in made:
             log.info("snapshot %s created, temp %s", snapshot.export.name, snapshot.node.temp_path)
         return made
+
+    def _finish_undoing(self) -> None:
+        """What an earlier creation could not take back goes first, or the next start would undo more than that."""
+        if self._undoing is not None and not self._undoing.undo():
+            raise ControlError(503, "an earlier creation that failed could not be undone yet: see the log, ask again")
+        self._undoing = None
 
     def _free_name(self, disks: Sequence[Disk]) -> str:
         """The UTC time as a name that none of the disks has a snapshot of yet."""
@@ -211,6 +225,27 @@ class Manager:
         log.info("snapshot %s deleted", snapshot.export.name)
         return True
 
+    def delete_checkpoint(self, disk: str, name: str) -> bool:
+        """Forget the checkpoint; no other one loses a change. False where there is none of that name.
+
+        Raises ControlError where it could not be finished: ask again.
+        """
+        with self._creation:
+            chain = self.disk(disk).chain
+            try:
+                deleted = chain.delete(name, self._drain_seconds)
+            except TimeoutError:
+                raise ControlError(
+                    503,
+                    f"checkpoint '{name}' of disk '{disk}' is not deleted yet: writes of the guest took longer than "
+                    f"{self._drain_seconds:g} s to end; ask again",
+                ) from None
+            except OSError as e:
+                raise ControlError(500, f"checkpoint '{name}' of disk '{disk}' is not deleted yet: {e}") from e
+        if deleted:
+            log.info("checkpoint %s of disk %s deleted", name, disk)
+        return deleted
+
     def close(self) -> None:
         """Make everything durable and give the disks back; then there is none. Twice does no harm.
 
@@ -238,6 +273,7 @@ def _end(disk: Disk, snapshots: Sequence[Snapshot]) -> None:
             with snapshot.deletion:
                 if not snapshot.deleting:
                     snapshot.node.suspend()
+        disk.chain.suspend()
         disk.node.flush()
         disk.keeper.end()
     except OSError as e:

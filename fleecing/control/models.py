@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fleecing.block.copy_before_write import OnCbwError
 from fleecing.control.fields import Name, TempLimit
+from fleecing.control.state import SnapshotMode
 
 DEFAULT_CBW_TIMEOUT = 45.0
 """Seconds; below the 60 s after which guests' drivers reset the disk."""
@@ -43,6 +45,28 @@ class SnapshotRequest(_Model):
         allow_inf_nan=False,
         description="seconds that a guest write may wait for its copy; 0 = no limit",
     )
+
+    checkpoint: Name | None = Field(default=None, description="make this checkpoint at the same instant")
+    since: Name | None = Field(default=None, description="incremental: only what changed since this checkpoint")
+    or_full: bool = Field(
+        default=False, description="a full snapshot where what changed since the checkpoint is not known"
+    )
+    bitmap: Name | None = Field(
+        default=None, description="a full snapshot that offers what changed since this checkpoint as a dirty bitmap"
+    )
+    bitmap_name: Name | None = Field(
+        default=None, description="the context is qemu:dirty-bitmap:BITMAP_NAME; none: the name of the checkpoint"
+    )
+
+    @model_validator(mode="after")
+    def _options_go_together(self) -> Self:
+        if self.since is not None and self.bitmap is not None:
+            raise ValueError("since and bitmap do not go together: an incremental snapshot offers its bitmap anyway")
+        if self.or_full and self.since is None:
+            raise ValueError("or_full goes with since only: a snapshot is full anyway")
+        if self.bitmap_name is not None and self.since is None and self.bitmap is None:
+            raise ValueError("bitmap_name goes with since or bitmap only: there is no bitmap otherwise")
+        return self
 
     @field_validator("disks")
     @classmethod
@@ -80,6 +104,11 @@ class SnapshotInfo(_Model):
     state: SnapshotState
     broken: str | None = Field(description="why it can never be read again")
     created: datetime
+    mode: SnapshotMode
+    reason: str | None = Field(description="why it is full though changes only were asked for")
+    since: str | None = Field(description="the checkpoint that an incremental one begins with")
+    checkpoint: str | None = Field(description="the checkpoint that was made at the same instant")
+    bitmap: str | None = Field(description="its export has the context qemu:dirty-bitmap:BITMAP")
     size: int
     cluster_size: int
     clusters: ClusterCounts
@@ -97,8 +126,45 @@ class SnapshotList(_Model):
     snapshots: list[SnapshotInfo]
 
 
+class CheckpointInfo(_Model):
+    """A point in time of one disk from which changed blocks are tracked."""
+
+    disk: str
+    name: str
+    created: datetime
+    state: str = Field(description="active, inconsistent, pending or deleting")
+    inconsistent: str | None = Field(description="why nobody knows what changed since")
+    changed: int | None = Field(description="bytes that changed since, in whole clusters; null = nobody knows")
+    recording: bool = Field(description="changes are recorded in its bitmap now")
+    granularity: int = Field(description="bytes that a bit stands for")
+
+
+class CheckpointList(_Model):
+    """Checkpoints, by disk, the oldest first."""
+
+    checkpoints: list[CheckpointInfo]
+
+
+class Extent(_Model):
+    """A range of bytes."""
+
+    offset: int
+    length: int
+
+
+class ExtentPage(_Model):
+    """What changed since a checkpoint, from an offset on."""
+
+    disk: str
+    name: str
+    size: int
+    granularity: int
+    extents: list[Extent]
+    next: int | None = Field(description="the offset to ask for next; null = this was the end")
+
+
 class Deleted(_Model):
-    """The snapshot is gone and its temp space is free."""
+    """The snapshot or checkpoint is gone, and its space is free."""
 
     disk: str
     name: str

@@ -22,10 +22,11 @@ _SCHEMA = "#/components/schemas/{model}"
 
 @dataclass(frozen=True)
 class Parameter:
-    """A query parameter, a whole number of 0 or more."""
+    """A query parameter: a whole number of 0 or more, or text."""
 
     name: str
     description: str
+    text: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _operation(route: Route) -> dict[str, Any]:
         for name in re.findall(r"{(\w+)}", route.path)
     ]
     for parameter in route.query:
-        schema = {"type": "integer", "minimum": 0}
+        schema = {"type": "string"} if parameter.text else {"type": "integer", "minimum": 0}
         parameters.append(
             {"name": parameter.name, "in": "query", "description": parameter.description, "schema": schema}
         )

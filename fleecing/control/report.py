@@ -7,15 +7,23 @@ from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
+from bitarray import bitarray
+
 import fleecing
+from fleecing.block.bitfile import header
+from fleecing.block.bitmap import bit_runs
 from fleecing.block.extent import ClusterState
 from fleecing.control.addresses import Addresses
+from fleecing.control.checkpoint import Checkpoint, Untracked
 from fleecing.control.disk import Disk, Snapshot
 from fleecing.control.manager import Manager
 from fleecing.control.models import (
+    CheckpointInfo,
     ClientInfo,
     ClusterCounts,
     DiskInfo,
+    Extent,
+    ExtentPage,
     MapPage,
     MapRun,
     SnapshotInfo,
@@ -23,8 +31,10 @@ from fleecing.control.models import (
     Status,
     TempInfo,
 )
+from fleecing.control.state import CheckpointState
 from fleecing.errors import ControlError, ImageError, SnapshotBroken
 from fleecing.server.listener import NbdServer
+from fleecing.units import div_up
 
 MAP_WINDOW = 1 << 16
 """Clusters looked at in one go for a map: what bounds the memory of one step."""
@@ -67,6 +77,43 @@ class Reporter:
     def snapshot(self, disk: str, name: str) -> SnapshotInfo:
         """Raises ControlError where there is none of that name."""
         return self.snapshots([self.manager.snapshot(disk, name)])[0]
+
+    def checkpoints(self, disk: str | None = None) -> list[CheckpointInfo]:
+        """All checkpoints, or those of one disk. Raises ControlError where there is no such disk."""
+        disks = list(self.manager.disks.values()) if disk is None else [self.manager.disk(disk)]
+        return [_checkpoint(disk, *found) for disk in disks for found in disk.chain.infos()]
+
+    def extent_page(self, disk: str, name: str, offset: int, limit: int) -> ExtentPage:
+        """Up to `limit` ranges that changed since the checkpoint, from `offset` on, rounded down to a cluster.
+
+        Raises ControlError where that is not known, and for an offset beyond the end.
+        """
+        node, size = self.manager.disk(disk).node, self.manager.disk(disk).chain.cluster_size
+        if not 0 <= offset < node.size:
+            raise ControlError(400, f"offset {offset} is outside of the {node.size} bytes of disk '{disk}'")
+        bits = self._changed(disk, name)
+        extents: list[Extent] = []
+        following = None
+        for start, stop, dirty in bit_runs(bits, offset // size, div_up(node.size, size)):
+            if dirty and len(extents) == limit:
+                following = start * size
+                break
+            if dirty:
+                extents.append(Extent(offset=start * size, length=min(stop * size, node.size) - start * size))
+        return ExtentPage(disk=disk, name=name, size=node.size, granularity=size, extents=extents, next=following)
+
+    def bitmap_file(self, disk: str, name: str) -> bytes:
+        """What changed since the checkpoint, as a bit file. Raises ControlError where that is not known."""
+        chain = self.manager.disk(disk).chain
+        return header(chain.disk.size, chain.cluster_size) + self._changed(disk, name).tobytes()
+
+    def _changed(self, disk: str, name: str) -> bitarray:
+        chain = self.manager.disk(disk).chain
+        try:
+            return chain.changes(name).now()
+        except Untracked as e:
+            status = 409 if any(checkpoint.name == name for checkpoint in chain.checkpoints) else 404
+            raise ControlError(status, f"{e}; `fleecing checkpoint list` shows them all") from None
 
     def clients(self) -> list[ClientInfo]:
         return [
@@ -117,6 +164,11 @@ class Reporter:
             state=_state(snapshot),
             broken=node.broken,
             created=snapshot.record.created,
+            mode=snapshot.record.mode,
+            reason=snapshot.record.reason,
+            since=snapshot.record.since,
+            checkpoint=snapshot.record.checkpoint,
+            bitmap=snapshot.record.bitmap,
             size=node.size,
             cluster_size=node.cluster_size,
             clusters=ClusterCounts(**{STATE_NAMES[state]: count for state, count in counts.items()}),
@@ -158,6 +210,26 @@ class Reporter:
             runs=runs,
             next=position if position < node.size else None,
         )
+
+
+def _checkpoint(disk: Disk, checkpoint: Checkpoint, reason: str | None, changed: bitarray | None) -> CheckpointInfo:
+    entry, size = checkpoint.entry, disk.chain.cluster_size
+    state = str(entry.state) if reason is None or entry.state is not CheckpointState.ACTIVE else "inconsistent"
+    count = None
+    if changed is not None:
+        beyond = div_up(disk.node.size, size) * size - disk.node.size
+        last = disk.node.size // size if beyond else -1
+        count = changed.count() * size - (beyond if last >= 0 and changed[last] else 0)
+    return CheckpointInfo(
+        disk=disk.name,
+        name=entry.name,
+        created=entry.created,
+        state=state,
+        inconsistent=reason,
+        changed=count,
+        recording=checkpoint.tracker is not None and checkpoint.tracker is disk.node.tracker,
+        granularity=size,
+    )
 
 
 def _state(snapshot: Snapshot) -> SnapshotState:

@@ -85,8 +85,10 @@ class CheckpointState(StrEnum):
     DELETING = "deleting"
 
 
-class CheckpointEntry(Kept):
+class CheckpointEntry(BaseModel):
     """One checkpoint. `synced`: its bits are durable and change no more. `inconsistent`: why it can never be used."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Name
     created: datetime
