@@ -1,0 +1,122 @@
+"""A real server under fire: disks to shoot at, and witnesses beside them who must notice nothing."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+from itertools import count
+from pathlib import Path
+
+from fleecing.client.connection import Connection
+from fleecing.client.dial import connect
+from fleecing.nbd.constants import BASE_ALLOCATION
+from fleecing.nbd.uri import NbdUri
+from fleecing.units import KiB, MiB
+from tests.block.rig import SECONDS, in_thread, pattern
+from tests.serving import Server
+
+WITNESS_SIZE = 600 * KiB + 11
+
+
+class Field:
+    """`vda` and `vda@s` are shot at, `other` and `other@w` belong to the witness."""
+
+    def __init__(self, folder: Path, size: int, wrapper: tuple[str, ...] = ()) -> None:
+        """`size` in bytes is that of `vda`, which is a hole."""
+        images = {"vda": folder / "vda.raw", "other": folder / "other.raw"}
+        images["vda"].touch()
+        with images["vda"].open("r+b") as image:
+            image.truncate(size)
+        images["other"].write_bytes(pattern(WITNESS_SIZE))
+        self.size = size
+        self.server = Server(folder / "server", images, wrapper=wrapper)
+        self.server.freeze("vda", name="s")
+        self.server.freeze("other", name="w")
+
+    def dial(self) -> socket.socket:
+        """A stranger's socket."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(SECONDS)
+        sock.connect(str(self.server.unix))
+        return sock
+
+    def say(self, stream: bytes) -> bytes:
+        """Say it all, hang up on this side, and take what the server answers until it hangs up too."""
+        answer = bytearray()
+        with self.dial() as sock:
+            try:
+                sock.sendall(stream)
+                sock.shutdown(socket.SHUT_WR)
+                while data := sock.recv(1 << 20):
+                    answer += data
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # dropped in the middle: its good right
+        return bytes(answer)
+
+    @property
+    def peak(self) -> int:
+        """The most memory in bytes that the server ever had (resident)."""
+        return self._memory("VmHWM")
+
+    def _memory(self, what: str) -> int:
+        status = Path(f"/proc/{self.server.child.pid}/status").read_text()
+        found = re.search(rf"^{what}:\s+(\d+) kB$", status, re.MULTILINE)
+        assert found is not None
+        return int(found.group(1)) * KiB
+
+    def check(self) -> None:
+        """It is alive, and none of what came was its own fault."""
+        assert self.server.child.returncode is None
+        assert {disk["name"] for disk in self.server.status()["disks"]} == {"vda", "other"}
+        faults = [line for line in self.server.log.splitlines() if " ERROR " in line or "Traceback" in line]
+        assert not faults, faults[:10]
+
+    def stop(self) -> None:
+        self.check()
+        self.server.stop()
+
+
+class Witness:
+    """A guest and a backup on the other disk, as busy as they can be. Use it as a context."""
+
+    def __init__(self, field: Field) -> None:
+        self.rounds = 0
+        self._field = field
+        self._over = threading.Event()
+        self._running = in_thread(self._run)
+
+    def _open(self, export: str, *, tcp: bool) -> Connection:
+        where = NbdUri.parse(self._field.server.uri(export, tcp=tcp))
+        return connect(where, contexts=[BASE_ALLOCATION], extended=not tcp, timeout=SECONDS)
+
+    def _run(self) -> None:
+        frozen = pattern(WITNESS_SIZE)
+        with self._open("other", tcp=False) as guest, self._open("other@w", tcp=True) as backup:
+            active = guest.read(0, WITNESS_SIZE)
+            for number in count():
+                offset, length = number * 7919 % (WITNESS_SIZE - 5000), number * 31 % 5000 + 1
+                active[offset : offset + length] = data = pattern(length, number)
+                guest.write(offset, data, fua=number % 50 == 0)
+                assert guest.read(0, WITNESS_SIZE) == active
+                assert backup.read(0, WITNESS_SIZE) == frozen
+                assert sum(n for n, _ in backup.block_status(0, WITNESS_SIZE)[BASE_ALLOCATION]) == WITNESS_SIZE
+                if number % 20 == 0:  # newcomers are served, too
+                    with self._open("other@w", tcp=False) as other:
+                        assert other.read(offset, length) == frozen[offset : offset + length]
+                self.rounds += 1
+                if self._over.is_set():
+                    return
+
+    def __enter__(self) -> Witness:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._over.set()
+        self._running.wait()
+        assert self.rounds
+
+
+MEMORY = 160 * MiB
+"""What the server may ever have (resident) while a handful of strangers talk to it: about 60 MiB of programs, 1.5 MiB
+for each connection, and what one option or one reply takes for a moment."""
