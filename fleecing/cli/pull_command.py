@@ -18,6 +18,7 @@ from fleecing.errors import ControlError, FleecingError
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.destination import Destination, Format
 from fleecing.pull.engine import Check, PullOptions, PullReport, Trim, pull
+from fleecing.pull.qcow2_codec import Compression
 from fleecing.units import format_size, parse_size
 
 RECONNECT = 30.0
@@ -50,6 +51,13 @@ Examples:
 @click.argument("target", metavar="TARGET")
 @click.option(
     "--format", "form", type=click.Choice([f.value for f in Format]), help="Of a new file; else by its ending."
+)
+@click.option(
+    "--compress",
+    type=click.Choice(["none", "deflate", "zstd"]),
+    default="none",
+    show_default=True,
+    help="Clusters of a qcow2 file.",
 )
 @click.option("--no-trim", is_flag=True, help="Do not trim the snapshot behind the read head.")
 @click.option("--resume", is_flag=True, help="Go on where a run that was cut off ended; start where there was none.")
@@ -85,13 +93,16 @@ def pull_command(*, source: str, target: str, form: str | None, control: str, **
     try:
         destination = Destination(
             target,
-            format=_format(form, target),
+            format=_format(form, target, options["compress"]),
+            compression=Compression[options["compress"].upper()],
             resume=options["resume"],
             existing=options["existing"],
             journal_path=options["journal"],
         )
     except ValueError as e:
         raise click.BadParameter(str(e), param_hint="TARGET") from None
+    if destination.format is Format.QCOW2 and not destination.is_new_file:
+        raise click.UsageError("The format qcow2 is for new files; this TARGET is written over as it is.")
     stream = sys.stderr if destination.is_stream else sys.stdout
     uri, temp = resolve(source, control)
     lines = JsonLines(stream, temp) if options["as_json"] else None
@@ -168,10 +179,11 @@ def _temp_call(control: str, export: str) -> pull_display.TempCall:
     return temp
 
 
-def _format(form: str | None, target: str) -> Format:
-    if form is not None:
-        return Format(form)
-    return Format.QCOW2 if target.endswith(".qcow2") else Format.RAW
+def _format(form: str | None, target: str, compress: str) -> Format:
+    found = Format(form) if form else Format.QCOW2 if target.endswith(".qcow2") and "://" not in target else Format.RAW
+    if compress != "none" and found is not Format.QCOW2:
+        raise click.UsageError("--compress goes with the format qcow2.")
+    return found
 
 
 def _run(

@@ -16,6 +16,10 @@ from enum import Enum
 from fleecing.errors import ImageError
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.journal import Journal
+from fleecing.pull.nbd_target import NbdTarget
+from fleecing.pull.qcow2_codec import Compression
+from fleecing.pull.qcow2_target import Qcow2Options, Qcow2Target
+from fleecing.pull.stream_target import StreamTarget
 from fleecing.pull.target import PART, RawTarget, Target
 
 JOURNAL = ".journal"
@@ -35,6 +39,8 @@ class Destination:
 
     name: str
     format: Format = Format.RAW
+    compression: Compression = Compression.NONE
+    backing: str = ""
     resume: bool = False
     existing: bool = False
     journal_path: str | None = None
@@ -49,6 +55,12 @@ class Destination:
 
     def prepare(self) -> Journal | None:
         """The journal of this run. Raises ImageError where something stands in the way; nothing is changed then."""
+        journal = self._journal()
+        if journal is not None:
+            journal.target = self.header()
+        return journal
+
+    def _journal(self) -> Journal | None:
         if self.is_new_file:
             self._check_names()
         if self.journal_path is None or self.is_stream:
@@ -98,9 +110,21 @@ class Destination:
 
     def open(self, size: int) -> Target:
         """The target for a disk of `size` bytes, as `prepare` has found it. Raises OSError and ImageError."""
-        if self.is_new_file:
-            return RawTarget.resume(self.name, size) if self.resuming else RawTarget.create(self.name, size)
-        return RawTarget.overwrite(self.name, size)
+        if self.is_stream:
+            return StreamTarget(1, size)
+        if self.uri is not None:
+            return NbdTarget(self.uri, size)
+        if not self.is_new_file:
+            return RawTarget.overwrite(self.name, size)
+        if self.format is Format.QCOW2:
+            options = Qcow2Options(self.compression, self.backing)
+            make = Qcow2Target.resume if self.resuming else Qcow2Target.create
+            return make(self.name, size, options)
+        return RawTarget.resume(self.name, size) if self.resuming else RawTarget.create(self.name, size)
+
+    def header(self) -> dict[str, str]:
+        """What a run that resumes must have in common with the one before, for the journal."""
+        return {"format": self.format.value, "compression": self.compression.name.lower(), "backing": self.backing}
 
 
 def _is_device(path: str) -> bool:

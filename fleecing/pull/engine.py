@@ -202,6 +202,11 @@ class _Pull:
         self.stopped = Event()
         self._connections = connections
         self._journal = journal
+        if target.needs_all and source.bitmap is not None:
+            raise RequestError(
+                NbdError.ENOTSUP,
+                f"{source.uri} is an increment since {source.bitmap}: it cannot go to a stream, which takes whole disks",
+            )
         cluster = _cluster(first, target)
         if journal is not None:
             _compare(journal, target, self.check)
@@ -262,6 +267,7 @@ class _Pull:
             self.stopped.set()
             for connection in self._connections:
                 connection.abort()
+        self.target.cancel()
         with self.changed:
             self.changed.notify_all()
 

@@ -53,8 +53,9 @@ class Journal:
     """
 
     def __init__(self, path: str) -> None:
-        """One that `begin` makes."""
+        """One that `begin` makes. `target`: what a run that resumes must agree on with the others about the target."""
         self.path = path
+        self.target: dict[str, str] = {}
         self.header: dict[str, Any] | None = None
         self.kept: dict[int, Kept] = {}
         self.trimmed: list[tuple[int, int]] = []
@@ -82,7 +83,7 @@ class Journal:
 
     def begin(self, header: dict[str, Any]) -> None:
         """Say what is pulled. Raises ImageError where an earlier run pulled something else, and FileExistsError."""
-        wanted = {"fleecing-pull-journal": FORMAT, **header}
+        wanted = {"fleecing-pull-journal": FORMAT, **self.target, **header}
         if self.header is None:
             self._file = HostFile.create(self.path)
             self._append_bytes(json.dumps(wanted).encode() + b"\n")

@@ -27,6 +27,8 @@ class Target:
     """
 
     granularity: int = 1
+    needs_all: bool = False
+    """Every byte has to come: an increment cannot go there."""
 
     def write(self, offset: int, data: memoryview) -> None:
         """The bytes at `offset` are `data`; kept when this returns, durable after `sync` and `finish`."""
@@ -43,6 +45,9 @@ class Target:
     def limit(self) -> int | None:
         """Pieces at this offset and behind have to wait; None: none has to. Grows with what is written."""
         return None
+
+    def cancel(self) -> None:
+        """The pull has failed: calls that other threads wait in must come back, with an error. From any thread."""
 
     def sync(self) -> None:
         """What was written before this call is durable when it returns."""
@@ -137,8 +142,8 @@ class RawTarget(Target):
 
     def abandon(self) -> None:
         self._file.close()
-        if self._is_new and os.path.lexists(self._file.path):
-            os.unlink(self._file.path)
+        if self._is_new:
+            remove_part(self.path)
 
     def suspend(self) -> None:
         self._file.close()
@@ -169,6 +174,12 @@ def new_part(path: str) -> HostFile:
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
     return HostFile.create(path + PART)
+
+
+def remove_part(path: str) -> None:
+    """Remove `path`.part; once is enough, twice does no harm."""
+    if os.path.lexists(path + PART):
+        os.unlink(path + PART)
 
 
 def give_name(path: str) -> None:
