@@ -118,10 +118,12 @@ def export(*, disk: str, name: str, out: str | None, control: str, as_json: bool
     if out == "-":
         sys.stdout.buffer.write(content)
         return
-    temp = f"{out}.part"
+    whole = not os.path.exists(out) or os.path.isfile(out)  # /dev/stdout and the like are written to as they are
+    temp = f"{out}.part" if whole else out
     with open(temp, "wb") as file:
         file.write(content)
-    os.replace(temp, out)
+    if whole:
+        os.replace(temp, out)
 
 
 def _pages(client: ControlClient, path: str) -> Iterator[dict[str, Any]]:

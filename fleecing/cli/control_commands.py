@@ -49,6 +49,9 @@ Examples:
     help="How long a guest write may wait for its copy; longer is a copy error. 0 = no limit.",
 )
 @click.option(
+    "--durable", is_flag=True, help="Outlive the loss of power, too; a guest write that copies waits for the disk."
+)
+@click.option(
     "--checkpoint", type=NAME, help="Make this checkpoint, too: what changes from this instant on is tracked."
 )
 @click.option("--since", type=NAME, metavar="CHECKPOINT", help="Incremental: only what changed since this checkpoint.")
@@ -70,6 +73,7 @@ def create(
     temp_limit: int | None,
     on_cbw_error: str,
     cbw_timeout: float,
+    durable: bool,
     checkpoint: str | None,
     since: str | None,
     or_full: bool,
@@ -107,6 +111,7 @@ def create(
         "temp_limit": temp_limit,
         "on_cbw_error": on_cbw_error,
         "cbw_timeout": cbw_timeout,
+        "durable": durable,
         "checkpoint": checkpoint,
         "since": since,
         "or_full": or_full,
@@ -192,6 +197,7 @@ def show(*, which: tuple[str, str], control: str, as_json: bool) -> None:
         ("temp used", f"{format_size(temp['used'])}, at most {format_size(temp['peak'])} so far"),
         ("temp limit", "none" if temp["limit"] is None else format_size(temp["limit"])),
         ("on-cbw-error", s["on_cbw_error"]),
+        ("durable", "yes" if s["durable"] else "no"),
         ("cbw-timeout", f"{s['cbw_timeout']:g} s" if s["cbw_timeout"] else "none"),
         ("clients", str(s["clients"])),
         *(("uri", uri) for uri in s["uris"]),

@@ -179,6 +179,7 @@ class _Part:
             temp_limit=request.temp_limit,
             on_cbw_error=request.on_cbw_error,
             cbw_timeout=request.cbw_timeout,
+            durable=request.durable,
             boot_id=boot_id(),
             mode=SnapshotMode.FULL if request.since is None else SnapshotMode.INCREMENTAL,
             since=request.since,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from fleecing.control.config import ServerSettings
 from fleecing.control.manager import Manager
 from fleecing.control.report import Reporter
 from fleecing.control.sockets import bind_tcp, bind_unix, remove_socket
-from fleecing.server.listener import NbdServer
+from fleecing.server.listener import MAX_CLIENTS, NbdServer
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,9 @@ READY = "Ready. Ctrl-C or SIGTERM stops the server."
 
 CALLS = 32
 """Calls of the control API that may be at work at a time."""
+
+FREE_FILES = 256
+"""File descriptors that NBD clients leave to disks, snapshots and the control API."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -50,7 +54,7 @@ async def _serve(settings: ServerSettings, program: str, announce: Callable[[str
     async with AsyncExitStack() as life:
         manager = await asyncio.to_thread(Manager, settings)
         life.push_async_callback(asyncio.to_thread, manager.close)
-        server = NbdServer(manager)
+        server = NbdServer(manager, max_clients=_room_for_clients())
         life.push_async_callback(server.close, settings.drain_seconds)
         addresses = _listen(settings, server, life)
         await _start_control(settings, Reporter(manager, server, addresses), life)
@@ -58,6 +62,20 @@ async def _serve(settings: ServerSettings, program: str, announce: Callable[[str
         await stop.wait()
         log.info("stopping: requests in flight have %g s to end", settings.drain_seconds)
     log.info("stopped")
+
+
+def _room_for_clients() -> int:
+    """How many NBD clients there may be: a crowd of them must not take the descriptors that the operator needs.
+
+    Shells and systemd start a program with a soft limit of 1024 that it may raise by itself.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CLIENTS + FREE_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return MAX_CLIENTS
+    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(soft - FREE_FILES, soft // 4)
 
 
 def _listen(settings: ServerSettings, server: NbdServer, life: AsyncExitStack) -> Addresses:

@@ -46,6 +46,9 @@ class SnapshotRequest(_Model):
         description="seconds that a guest write may wait for its copy; 0 = no limit",
     )
 
+    durable: bool = Field(
+        default=False, description="outlive the loss of power, at the price of a sync before a guest write that copies"
+    )
     checkpoint: Name | None = Field(default=None, description="make this checkpoint at the same instant")
     since: Name | None = Field(default=None, description="incremental: only what changed since this checkpoint")
     or_full: bool = Field(
@@ -104,6 +107,7 @@ class SnapshotInfo(_Model):
     state: SnapshotState
     broken: str | None = Field(description="why it can never be read again")
     created: datetime
+    durable: bool = Field(description="it outlives the loss of power")
     mode: SnapshotMode
     reason: str | None = Field(description="why it is full though changes only were asked for")
     since: str | None = Field(description="the checkpoint that an incremental one begins with")

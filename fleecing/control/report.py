@@ -164,6 +164,7 @@ class Reporter:
             state=_state(snapshot),
             broken=node.broken,
             created=snapshot.record.created,
+            durable=snapshot.record.durable,
             mode=snapshot.record.mode,
             reason=snapshot.record.reason,
             since=snapshot.record.since,

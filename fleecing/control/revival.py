@@ -14,21 +14,19 @@ from bitarray import bitarray
 
 from fleecing.block.bitfile import BitFile
 from fleecing.block.copy_before_write import OnCbwError
-from fleecing.block.graph import OnBroken, SnapshotSpec, revive
+from fleecing.block.graph import NOT_DURABLE, OnBroken, SnapshotSpec, revive
 from fleecing.block.lost_snapshot import LostSnapshot
 from fleecing.block.snapshot_access import SnapshotAccess
 from fleecing.control.disk import Disk, Snapshot
 from fleecing.control.identity import Verdict
 from fleecing.control.names import export_name
 from fleecing.control.state import SnapshotMode, SnapshotRecord, boot_id, read_json
-from fleecing.control.store import BITMAP_NAME, RECORD_NAME, SCOPE_NAME, TEMP_NAME, TRIMMED_NAME
-from fleecing.errors import ImageError
+from fleecing.control.store import BITMAP_NAME, COPIED_NAME, RECORD_NAME, SCOPE_NAME, TEMP_NAME, TRIMMED_NAME
+from fleecing.errors import BlockError, ImageError, SnapshotBroken
 from fleecing.server.export import Bitmap, lost_export, snapshot_export
 from fleecing.units import format_size
 
 log = logging.getLogger(__name__)
-
-POWER_LOST = "the machine lost power or was reset while this snapshot was not durable"
 
 _DELETED = "deleted"
 
@@ -53,11 +51,12 @@ def _revive(disk: Disk, name: str, verdict: Verdict, on_broken: OnBroken) -> Sna
         record = read
         reason = disk.folder.broken_mark(name) or note or _distrust(record, verdict)
         if reason is None:
-            snapshot = _go_on(disk, record, on_broken)
+            snapshot = _go_on(disk, record, on_broken, power_lost=verdict.power_lost)
             log.info("snapshot %s goes on, temp %s", snapshot.export.name, snapshot.node.temp_path)
             return snapshot
-    except (OSError, ImageError) as e:
-        reason = disk.folder.broken_mark(name) or note or str(e)
+    except (OSError, BlockError) as e:
+        cause = e.cause if isinstance(e, SnapshotBroken) else str(e)
+        reason = disk.folder.broken_mark(name) or note or cause
     disk.folder.mark_broken(name, reason)
     log.warning("snapshot %s is broken: %s", export_name(disk.name, name), reason)
     return _lost(disk, name, record, reason)
@@ -77,7 +76,7 @@ def _note(disk: Disk, name: str) -> str:
 def _distrust(record: SnapshotRecord, verdict: Verdict) -> str | None:
     if verdict.changed is not None:
         return verdict.changed
-    return POWER_LOST if verdict.power_lost and not record.durable else None
+    return NOT_DURABLE if verdict.power_lost and not record.durable else None
 
 
 def _clear(disk: Disk, name: str) -> None:
@@ -99,6 +98,8 @@ def snapshot_spec(disk: Disk, record: SnapshotRecord, temp_path: str) -> Snapsho
         on_cbw_error=record.on_cbw_error,
         cbw_timeout=record.cbw_timeout,
         trimmed_path=disk.folder.snapshot_file(record.name, TRIMMED_NAME),
+        durable=record.durable,
+        copied_path=disk.folder.snapshot_file(record.name, COPIED_NAME) if record.durable else None,
     )
 
 
@@ -114,15 +115,16 @@ def _description(record: SnapshotRecord) -> str:
     return f"{kind} of {record.disk}, {record.created:%Y-%m-%d %H:%M:%S} UTC"
 
 
-def _go_on(disk: Disk, record: SnapshotRecord, on_broken: OnBroken) -> Snapshot:
-    """Raises OSError and ImageError where a file is missing or damaged."""
+def _go_on(disk: Disk, record: SnapshotRecord, on_broken: OnBroken, *, power_lost: bool) -> Snapshot:
+    """Raises OSError and BlockError where a file is missing or damaged."""
     scope = bits = None
     if record.mode is SnapshotMode.INCREMENTAL:
         scope = bits = _kept_bits(disk, record, SCOPE_NAME)
     elif record.bitmap is not None:
         bits = _kept_bits(disk, record, BITMAP_NAME)
     temp_path = os.path.realpath(disk.folder.snapshot_file(record.name, TEMP_NAME))
-    node = revive(disk.node, snapshot_spec(disk, record, temp_path), scope, on_broken=on_broken)
+    spec = snapshot_spec(disk, record, temp_path)
+    node = revive(disk.node, spec, scope, on_broken=on_broken, power_lost=power_lost)
     return make_snapshot(disk, record, node, bits)
 
 

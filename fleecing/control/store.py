@@ -7,6 +7,7 @@
                      temp.qcow2         the temp file, or with a temp folder a link to
     TEMP/DISK@NAME-RANDOM.qcow2
                      trimmed.bits       clusters that were trimmed, and why the snapshot broke
+                     copied.bits        copies that survive the loss of power, where it is durable
                      scope.bits         clusters that belong to it, where it is incremental
                      bitmap.bits        the dirty bitmap that a full one offers
                      broken             why it can never be gone on with
@@ -32,11 +33,12 @@ from fleecing.errors import ConfigError
 TEMP_NAME = "temp.qcow2"
 RECORD_NAME = "snapshot.json"
 TRIMMED_NAME = "trimmed.bits"
+COPIED_NAME = "copied.bits"
 SCOPE_NAME = "scope.bits"
 BITMAP_NAME = "bitmap.bits"
 BROKEN_NAME = "broken"
 
-_FILES = (RECORD_NAME, f"{RECORD_NAME}.new", TRIMMED_NAME, SCOPE_NAME, BITMAP_NAME, BROKEN_NAME)
+_FILES = (RECORD_NAME, f"{RECORD_NAME}.new", TRIMMED_NAME, COPIED_NAME, SCOPE_NAME, BITMAP_NAME, BROKEN_NAME)
 
 # Host file names have at most 255 bytes: both names of 128 would not fit
 _NAME_PART = 64

@@ -153,6 +153,22 @@ def test_without_power_a_snapshot_is_broken_with_that_reason(serve: Serve, image
     assert broken(server) == "the machine lost power or was reset while this snapshot was not durable"
 
 
+def test_without_power_a_durable_snapshot_goes_on(serve: Serve, image: Path) -> None:
+    server = serve(image)
+    server.snapshot(name="s", durable=True)
+    write(server, "0 1M")
+    run("qemu-io", "-f", "raw", "-c", "discard 64k 64k", server.uri("vda@s"))
+    for end in (lose_power, KILLED, CLEAN, lose_power):
+        end(server)
+        server.start()
+        write(server, "1M 64k", "0 64k")
+        with RawClient(server.unix, "vda@s") as client:
+            assert client.read(0, CLUSTER) == OLD[:CLUSTER]
+            assert client.request(READ, 0, CLUSTER, 1).text == f"cluster at offset {CLUSTER}: trimmed"
+            assert client.read(2 * CLUSTER, SIZE - 2 * CLUSTER) == OLD[2 * CLUSTER :]
+    assert server.show("vda@s")["durable"] is True
+
+
 def test_after_a_clean_stop_the_machine_may_be_started_anew(serve: Serve, image: Path) -> None:
     server = serve(image)
     server.snapshot(name="s")
