@@ -299,10 +299,12 @@ class SnapshotAccess(Node):
         assert trimmed is not None
         first, end = clusters_within(offset, length, clusters.cluster_size, self.size)
         with clusters.lock:
-            if clusters.broken is not None:
-                raise SnapshotBroken(clusters.broken)
-            if first < end:
+            broken = clusters.broken
+            if broken is None and first < end:
                 trimmed.bits[first:end] = 1
+        if broken is not None:
+            done(SnapshotBroken(broken))
+            return
 
         def when_durable(error: Exception | None) -> None:
             if error is None:

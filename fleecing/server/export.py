@@ -10,6 +10,7 @@ from bitarray import bitarray
 
 from fleecing.block.copy_before_write import CopyBeforeWrite
 from fleecing.block.extent import Allocation
+from fleecing.block.flusher import Done
 from fleecing.block.lost_snapshot import LostSnapshot
 from fleecing.block.node import Node
 from fleecing.block.snapshot_access import SnapshotAccess
@@ -56,6 +57,10 @@ class Bitmap:
     granularity: int
 
 
+SubmitTrim = Callable[[int, int, Done], None]
+"""(offset, length, what to call when it is over)"""
+
+
 class Export:
     """What a connection serves. `changes` is the node as a filter whose changes may have to wait; None = read-only."""
 
@@ -67,6 +72,7 @@ class Export:
         *,
         beside_bitmap: Mapping[str, Context] | None = None,
         changes: CopyBeforeWrite | None = None,
+        submit_trim: SubmitTrim | None = None,
         retain: Callable[[], None] | None = None,
         release: Callable[[], None] | None = None,
     ) -> None:
@@ -75,6 +81,7 @@ class Export:
         self._contexts = contexts
         self._beside_bitmap = beside_bitmap or {}
         self.changes = changes
+        self.submit_trim = submit_trim  # where a trim has to wait for the disk
         self._retain = retain
         self._release = release
 
@@ -137,6 +144,7 @@ def snapshot_export(name: str, description: str, snapshot: SnapshotAccess, bitma
         snapshot,
         contexts,
         beside_bitmap=lenient,
+        submit_trim=snapshot.submit_discard if snapshot.durable else None,
         retain=snapshot.retain,
         release=snapshot.release,
     )

@@ -59,6 +59,7 @@ class Service:
         self._contexts = dict(zip(numbers, contexts, strict=True))
         self._node = export.node
         self._changes = export.changes
+        self._submit_trim = export.submit_trim
         self._out = out
         self._budget = budget
         self._held = threading.Condition()
@@ -191,7 +192,11 @@ class Service:
     def _change(self, command: Cmd, flags: int, cookie: int, offset: int, length: int) -> None:
         """FLUSH, TRIM, WRITE_ZEROES."""
         changes = self._changes
-        if changes is None:  # a snapshot: its trim waits for nobody, and there is nothing to flush
+        if changes is None:  # a snapshot: its trim waits for nobody or for the disk, and there is nothing to flush
+            if command is Cmd.TRIM and self._submit_trim is not None:
+                done = self._when_done(cookie, offset, f"TRIM of {length} bytes at {offset}")
+                self._submit_trim(offset, length, done)
+                return
             if command is Cmd.TRIM:
                 self._node.discard(offset, length)
             self._done(cookie, offset)

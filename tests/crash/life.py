@@ -111,7 +111,7 @@ class Life:
             snapshot = revive(
                 self.disk, self._spec(frozen), None, on_broken=self._note_broken, power_lost=self.power_lost
             )
-        except SnapshotBroken as e:
+        except SnapshotBroken:
             if not (frozen.may_be_broken or (self.power_lost and not frozen.durable)):
                 raise
             frozen.may_be_broken = True
