@@ -12,6 +12,7 @@ journal can bring it back, and the error is raised.
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 import zlib
 from collections.abc import Callable
@@ -22,7 +23,8 @@ from threading import Condition, Event, Lock
 from typing import Final
 
 from fleecing.client.connection import Connection
-from fleecing.errors import ImageError, RequestError
+from fleecing.errors import ImageError, ProtocolError, RequestError
+from fleecing.nbd.client_handshake import ExportRefused
 from fleecing.nbd.constants import NbdError, TransmissionFlag
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.journal import CHECK_BYTES, NO_CHECK, Journal
@@ -34,6 +36,8 @@ from fleecing.pull.worker import CheckCall, Worker
 from fleecing.units import KiB, align_down
 
 __all__ = ["CLUSTER_STATE", "Check", "Progress", "PullOptions", "PullReport", "Trim", "pull"]
+
+log = logging.getLogger(__name__)
 
 SYNC_SECONDS: Final = 5.0
 """How often the target is made durable where there is a journal: what a power cut may cost."""
@@ -143,8 +147,7 @@ def pull(
     source = Source(uri, timeout=options.timeout, bitmap=options.bitmap)
     connections = [source.first]
     try:
-        while source.may_share and len(connections) < options.connections:
-            connections.append(source.connect())
+        _connect_more(source, connections, options.connections)
         if journal is not None:
             _begin(journal, source, options)
         target = open_target(source.size)
@@ -158,6 +161,18 @@ def pull(
         for connection in connections:
             connection.close()
     return report
+
+
+def _connect_more(source: Source, connections: list[Connection], wanted: int) -> None:
+    """As many as the export can share and the server takes; the first one alone will do."""
+    while source.may_share and len(connections) < wanted:
+        try:
+            connections.append(source.connect())
+        except (OSError, ProtocolError, ExportRefused) as e:
+            if isinstance(e, ExportRefused) and e.reply is not None:
+                raise
+            log.info("%s; going on with %d connections", e, len(connections))
+            return
 
 
 def _begin(journal: Journal, source: Source, options: PullOptions) -> None:
@@ -205,7 +220,7 @@ class _Pull:
         if target.needs_all and source.bitmap is not None:
             raise RequestError(
                 NbdError.ENOTSUP,
-                f"{source.uri} is an increment since {source.bitmap}: it cannot go to a stream, which takes whole disks",
+                f"{source.uri} is an increment since {source.bitmap}: a stream takes whole disks only",
             )
         cluster = _cluster(first, target)
         if journal is not None:

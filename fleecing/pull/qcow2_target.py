@@ -100,7 +100,9 @@ class Qcow2Target(Target):
         self._options = options
         self._lock = Lock()
         self._l1 = array("Q", bytes(_ENTRY)) * div_up(div_up(self._size, CLUSTER), L2_ENTRIES)
-        self._space = _Space(1 + div_up(len(self._l1) * _ENTRY, CLUSTER))
+        self._fixed = 1 + div_up(len(self._l1) * _ENTRY, CLUSTER)
+        self._space = _Space(self._fixed)
+        self._is_resumed = False
 
     @classmethod
     def create(cls, path: str, size: int, options: Qcow2Options) -> Qcow2Target:
@@ -121,7 +123,15 @@ class Qcow2Target(Target):
         return target
 
     def _find_what_is_there(self) -> None:
+        self._is_resumed = True
         self._l1 = read_entries(self._file, CLUSTER, len(self._l1))
+        self._count_again()
+        with naming(self._file.path):
+            self._file.truncate(self._space.clusters * CLUSTER)
+
+    def _count_again(self) -> None:
+        """The refcounts of what is linked, and of nothing else."""
+        self._space = _Space(self._fixed)
         for number in self._l1:
             if not number:
                 continue
@@ -129,8 +139,6 @@ class Qcow2Target(Target):
             for entry in read_entries(self._file, number & layout.OFFSET_MASK, L2_ENTRIES):
                 if entry:
                     self._space.count(entry)
-        with naming(self._file.path):
-            self._file.truncate(self._space.clusters * CLUSTER)
 
     def write(self, offset: int, data: memoryview) -> None:
         """Data of whole clusters; the disk's last one may be cut."""
@@ -221,6 +229,8 @@ class Qcow2Target(Target):
             self._file.sync()
 
     def finish(self) -> None:
+        if self._is_resumed:
+            self._count_again()  # what an earlier run had linked may have been written once more, elsewhere
         header = self._write_refcounts()
         self.sync()
         self._put(0, header)
