@@ -110,6 +110,7 @@ def test_a_server_that_is_killed_and_started_again_is_found(tmp_path: Path, imag
     written = threading.Event()
     ended = threading.Event()
     uri = NbdUri(socket=str(tmp_path / "peer.sock"))
+    listener = listen_unix(tmp_path / "peer.sock")
 
     class Tells(RawTarget):
         def write(self, offset: int, data: memoryview) -> None:
@@ -117,7 +118,7 @@ def test_a_server_that_is_killed_and_started_again_is_found(tmp_path: Path, imag
             written.set()
 
     def serve_twice() -> None:
-        with Child(["nbdkit", "-f", *arguments], tmp_path, activate=listen_unix(tmp_path / "peer.sock")) as first:
+        with Child(["nbdkit", "-f", *arguments], tmp_path, activate=listener) as first:
             written.wait(20)
             first.kill()
         (tmp_path / "peer.sock").unlink()
@@ -126,10 +127,7 @@ def test_a_server_that_is_killed_and_started_again_is_found(tmp_path: Path, imag
 
     slowly = replace(COMES_BACK, bandwidth=10 * MiB)
     servers = threading.Thread(target=serve_twice)
-    ready = threading.Thread(target=wait_for_socket, args=(tmp_path / "peer.sock",))
     servers.start()
-    ready.start()
-    ready.join()
     try:
         report = pull(uri, lambda size: Tells.create(str(tmp_path / "copy"), size), slowly)
     finally:
@@ -137,12 +135,6 @@ def test_a_server_that_is_killed_and_started_again_is_found(tmp_path: Path, imag
         servers.join()
     assert (tmp_path / "copy").read_bytes() == image.read_bytes()
     assert report.reconnects > 0
-
-
-def wait_for_socket(path: Path) -> None:
-    pause = threading.Event()
-    while not path.exists():
-        pause.wait(0.01)
 
 
 def test_a_server_that_never_comes_back_is_an_error_after_a_while(tmp_path: Path, image: Path) -> None:
