@@ -1,0 +1,72 @@
+"""Real server processes that start in a few milliseconds: forked from a process that has everything imported."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from fleecing.cli.main import main
+from tests.peers import DEADLINE
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.crash.forked"])
+
+
+def _serve(arguments: list[str], log: Connection) -> None:
+    """In the new process: `fleecing serve ARGUMENTS`, with its log in the pipe."""
+    os.dup2(log.fileno(), 2)
+    log.close()
+    main(["serve", *arguments], prog_name="fleecing")
+
+
+class ForkedServer:
+    """One process that serves an image; its sockets and state are in `folder`."""
+
+    def __init__(self, folder: Path, image: Path, *options: str) -> None:
+        self.unix, self.control = folder / "n", folder / "c"  # socket paths are short
+        places = ["--unix", self.unix, "--control", self.control, "--state-dir", folder / "state"]
+        reading, writing = os.pipe()
+        with Connection(writing, readable=False) as log:
+            arguments = [str(image), "--name", "vda", *map(str, places), *options]
+            self.process = _context.Process(target=_serve, args=(arguments, log), daemon=True)
+            self.process.start()
+        self._lines: list[str] = []
+        self._ready = threading.Event()
+        self._reader = threading.Thread(target=self._read, args=(reading,), daemon=True)
+        self._reader.start()
+
+    def _read(self, reading: int) -> None:
+        with os.fdopen(reading, errors="replace") as pipe:
+            for line in pipe:
+                self._lines.append(line)
+                if line.startswith("Ready"):
+                    self._ready.set()
+        self._ready.set()
+
+    def wait_ready(self) -> None:
+        assert self._ready.wait(DEADLINE), self.log
+        assert any(line.startswith("Ready") for line in self._lines), f"the server did not start:\n{self.log}"
+
+    @property
+    def log(self) -> str:
+        return "".join(self._lines)
+
+    def kill(self) -> None:
+        """kill -9, and wait until it is gone."""
+        self.process.kill()
+        self._end()
+
+    def stop(self) -> None:
+        """SIGTERM; it must end well."""
+        self.process.terminate()
+        self._end()
+        assert self.process.exitcode == 0, self.log
+
+    def _end(self) -> None:
+        self.process.join(DEADLINE)
+        assert self.process.exitcode is not None, f"the server does not end:\n{self.log}"
+        self._reader.join(DEADLINE)
+        assert "Traceback" not in self.log, self.log
