@@ -5,18 +5,28 @@ from __future__ import annotations
 import re
 import socket
 import threading
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 
 from fleecing.client.connection import Connection
 from fleecing.client.dial import connect
-from fleecing.nbd.constants import BASE_ALLOCATION
+from fleecing.nbd import options
+from fleecing.nbd.constants import BASE_ALLOCATION, ClientFlag, Opt, Rep, ReplyMode
 from fleecing.nbd.uri import NbdUri
 from fleecing.units import KiB, MiB
 from tests.block.rig import SECONDS, in_thread, pattern
+from tests.server.wire import Wire
 from tests.serving import Server
 
 WITNESS_SIZE = 600 * KiB + 11
+
+
+_MODE_OPTIONS: Mapping[ReplyMode, Sequence[Opt]] = {
+    ReplyMode.SIMPLE: (),
+    ReplyMode.STRUCTURED: (Opt.STRUCTURED_REPLY,),
+    ReplyMode.EXTENDED: (Opt.EXTENDED_HEADERS,),
+}
 
 
 class Field:
@@ -35,10 +45,10 @@ class Field:
         self.server.freeze("other", name="w")
 
     def dial(self) -> socket.socket:
-        """A stranger's socket."""
+        """A stranger's socket. Waits where the listener's queue is full."""
         sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(SECONDS)
         sock.connect(str(self.server.unix))
+        sock.settimeout(SECONDS)
         return sock
 
     def say(self, stream: bytes) -> bytes:
@@ -53,6 +63,25 @@ class Field:
             except (BrokenPipeError, ConnectionResetError):
                 pass  # dropped in the middle: its good right
         return bytes(answer)
+
+    def enter(self, export: str, mode: ReplyMode, contexts: Sequence[str] = ()) -> Wire:
+        """A stranger in the transmission phase."""
+        sock = self.dial()
+        sock.sendall(options.CLIENT_FLAGS.pack(ClientFlag.C_FIXED_NEWSTYLE | ClientFlag.C_NO_ZEROES))
+        asked = [options.option(number) for number in _MODE_OPTIONS[mode]]
+        if contexts:
+            asked.append(options.option(Opt.SET_META_CONTEXT, options.meta_query(export, contexts)))
+        asked.append(options.option(Opt.GO, options.info_request(export, ())))
+        wire = Wire(sock, mode)
+        wire.take(options.GREETING.size)
+        for option in asked:
+            sock.sendall(option)
+            reply = Rep.INFO
+            while reply in (Rep.INFO, Rep.META_CONTEXT):
+                _, _, reply, length = options.OPTION_REPLY.unpack(wire.take(options.OPTION_REPLY.size))
+                wire.take(length)
+            assert reply == Rep.ACK
+        return wire
 
     @property
     def peak(self) -> int:
@@ -78,11 +107,16 @@ class Field:
 
 
 class Witness:
-    """A guest and a backup on the other disk, as busy as they can be. Use it as a context."""
+    """A guest and a backup on the other disk, as busy as they can be. Use it as a context.
 
-    def __init__(self, field: Field) -> None:
+    It connects anew all the time, unless there is no room for `newcomers`.
+    """
+
+    def __init__(self, field: Field, *, newcomers: bool = True) -> None:
         self.rounds = 0
+        self._newcomers = newcomers
         self._field = field
+        self._begun = threading.Event()
         self._over = threading.Event()
         self._running = in_thread(self._run)
 
@@ -101,20 +135,21 @@ class Witness:
                 assert guest.read(0, WITNESS_SIZE) == active
                 assert backup.read(0, WITNESS_SIZE) == frozen
                 assert sum(n for n, _ in backup.block_status(0, WITNESS_SIZE)[BASE_ALLOCATION]) == WITNESS_SIZE
-                if number % 20 == 0:  # newcomers are served, too
+                if self._newcomers and number % 20 == 0:
                     with self._open("other@w", tcp=False) as other:
                         assert other.read(offset, length) == frozen[offset : offset + length]
                 self.rounds += 1
+                self._begun.set()
                 if self._over.is_set():
                     return
 
     def __enter__(self) -> Witness:
+        assert self._begun.wait(SECONDS)
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._over.set()
         self._running.wait()
-        assert self.rounds
 
 
 MEMORY = 160 * MiB

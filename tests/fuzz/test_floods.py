@@ -1,0 +1,127 @@
+"""Clients who ask for much, read nothing, or come in crowds: fixed memory, and everybody else goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fleecing.nbd import options
+from fleecing.nbd.constants import IHAVEOPT, ClientFlag, Cmd, CmdFlag, NbdError, Opt, ReplyMode
+from fleecing.nbd.handshake import MAX_CONSUMED
+from fleecing.server.export import MAXIMUM_PAYLOAD
+from fleecing.server.outbox import LARGEST_PIECE
+from fleecing.units import KiB, MiB
+from tests.block.rig import in_thread
+from tests.fuzz.field import MEMORY, Field, Witness
+from tests.server.wire import Wire
+
+SIZE = 80 * MiB
+FLAGS = options.CLIENT_FLAGS.pack(ClientFlag.C_FIXED_NEWSTYLE | ClientFlag.C_NO_ZEROES)
+BUDGET = 4 * MAXIMUM_PAYLOAD
+"""What long READs with simple replies may take together."""
+
+
+@pytest.fixture(scope="module")
+def field(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
+    made = Field(tmp_path_factory.mktemp("field"), SIZE)
+    yield made
+    made.stop()
+
+
+def send_until_stuck(wire: Wire, stream: bytes) -> None:
+    """As much as the server takes from one who reads nothing."""
+    wire.sock.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        while True:
+            wire.sock.sendall(stream)
+
+
+@pytest.mark.parametrize(
+    ("command", "payload"),
+    [(Cmd.READ, b""), (Cmd.FLUSH, b""), (Cmd.WRITE, b"x" * 64), (Cmd.TRIM, b""), (Cmd.BLOCK_STATUS, b""), (99, b"")],
+)
+def test_a_client_that_reads_nothing_is_not_served_for_ever(field: Field, command: int, payload: bytes) -> None:
+    """Each of its requests may have an answer; what it does not take piles up nowhere."""
+    wire = field.enter("vda", ReplyMode.STRUCTURED, ["base:allocation"])
+    flags = CmdFlag.FUA if payload else 0
+    stream = b"".join(wire.request(command, 0, 64 * KiB, payload=payload, flags=flags) for _ in range(5000))
+    with Witness(field):
+        send_until_stuck(wire, stream)
+    assert field.peak < MEMORY
+    wire.sock.close()
+
+
+def test_long_payloads_that_are_refused_are_held_by_nobody(field: Field) -> None:
+
+    def send() -> None:
+        wire = field.enter("vda", ReplyMode.STRUCTURED)
+        assert wire.ask(Cmd.WRITE, SIZE, payload=bytes(MAXIMUM_PAYLOAD)).error == NbdError.ENOSPC
+        assert wire.ask(Cmd.READ, 0, 10).error == 0
+        wire.sock.close()
+
+    with Witness(field):
+        for running in [in_thread(send) for _ in range(4)]:
+            running.wait()
+    assert field.peak < MEMORY
+
+
+def test_long_option_data_is_held_by_nobody(field: Field) -> None:
+    header = options.OPTION.pack(IHAVEOPT, Opt.LIST_META_CONTEXT, MAX_CONSUMED)
+
+    def send() -> None:
+        with field.dial() as sock:
+            sock.sendall(FLAGS + header + bytes(MAX_CONSUMED - 1))
+
+    with Witness(field):
+        for running in [in_thread(send) for _ in range(6)]:
+            running.wait()
+    assert field.peak < MEMORY
+
+
+def test_long_simple_reads_that_nobody_takes_have_a_fixed_share_of_memory(field: Field) -> None:
+    wires = [field.enter("vda@s", ReplyMode.SIMPLE) for _ in range(12)]
+    for wire in wires:
+        wire.send(wire.request(Cmd.READ, 0, MAXIMUM_PAYLOAD))
+    with Witness(field):
+        guest = field.enter("vda@s", ReplyMode.SIMPLE)
+        assert not any(guest.ask(Cmd.READ, 0, LARGEST_PIECE).data)
+        guest.sock.close()
+    for wire in wires:
+        wire.sock.close()
+    other = field.enter("vda@s", ReplyMode.SIMPLE)
+    assert not any(other.ask(Cmd.READ, 0, MAXIMUM_PAYLOAD).data)
+    other.sock.close()
+    assert field.peak < MEMORY + BUDGET
+
+
+def test_a_crowd_of_idle_clients_costs_little(field: Field) -> None:
+    haggling = [field.dial() for _ in range(300)]
+    inside = [field.enter("vda", ReplyMode.STRUCTURED) for _ in range(100)]
+    for wire in inside:
+        assert wire.ask(Cmd.READ, 0, 4096).error == 0
+    with Witness(field):
+        pass
+    for sock in [*haggling, *[wire.sock for wire in inside]]:
+        sock.close()
+    assert field.peak < MEMORY + BUDGET + len(inside) * 2 * MiB
+
+
+@pytest.mark.parametrize(("soft", "hard"), [(300, 300), (300, 4096)])
+def test_more_clients_than_descriptors_leave_the_operator_and_the_guest_alone(
+    tmp_path: Path, soft: int, hard: int
+) -> None:
+    field = Field(tmp_path, SIZE, ("prlimit", f"--nofile={soft}:{hard}"))
+    guest = field.enter("vda", ReplyMode.SIMPLE)
+    with Witness(field, newcomers=False):
+        crowd = [field.dial() for _ in range(1200)]
+        assert guest.ask(Cmd.WRITE, 0, payload=b"x").error == 0
+        field.server.freeze("vda", name="in-the-crowd")
+        assert field.server.delete("vda@in-the-crowd")
+        turned_away = field.dial()
+        assert turned_away.recv(1) == b""
+        for sock in [*crowd, turned_away]:
+            sock.close()
+    guest.sock.close()
+    field.stop()
