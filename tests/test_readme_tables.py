@@ -15,7 +15,7 @@ import pytest
 
 from fleecing.block.extent import MAX_RUNS, ClusterState
 from fleecing.cli.main import main
-from fleecing.control import manager, paths, sockets
+from fleecing.control import creation, manager, paths, sockets
 from fleecing.control.api import make_app
 from fleecing.control.config import DEFAULT_PORT, DiskSettings, ServerSettings
 from fleecing.control.models import DEFAULT_CBW_TIMEOUT
@@ -122,7 +122,7 @@ def test_the_limits_are_those_of_the_code() -> None:
         f"{service.HELD_REQUESTS}, with {format_size(service.HELD_BYTES)} of payload",
         "4 KiB to 2 MiB",
         f"{manager.DRAIN_SECONDS:g} s, then it is refused",
-        f"{manager.REMOVE_SECONDS:g} s, then ask again",
+        f"{creation.REMOVE_SECONDS:g} s, then ask again",
         f"{sockets.MAX_PATH} bytes",
     ]
     assert f"The default of {DEFAULT_CBW_TIMEOUT:g} is below" in WORDS

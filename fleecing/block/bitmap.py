@@ -50,6 +50,8 @@ def rescale(bits: bitarray, granularity: int, wanted: int, size: int) -> bitarra
 
     Both granularities are powers of two.
     """
+    if granularity == wanted:
+        return bits.copy()
     result = bits.copy()
     while granularity < wanted:
         if len(result) % 2:

@@ -55,7 +55,8 @@ class ClusterMap:
         self.trimmed = trimmed  # its bits are changed under `lock`, those of a durable snapshot also before
         self.durable = durable
         # The three are changed under `lock` only, and read without it.
-        self.access, self.copy, self.done = (zeroes(self.count) for _ in range(3))
+        self.access, self.copy, self.done = ones(self.count), ones(self.count), zeroes(self.count)
+        self.scope: bitarray | None = None
         self.set_scope(scope)
         if trimmed is not None:
             self.access &= ~trimmed.bits
@@ -69,10 +70,16 @@ class ClusterMap:
         self._on_broken = on_broken
 
     def set_scope(self, scope: bitarray | None) -> None:
-        """The clusters that belong to the snapshot at all, None = every one. Before anybody uses the map."""
-        self.scope = None if scope is None else little(scope, self.count)
-        self.access = ones(self.count) if self.scope is None else self.scope.copy()
-        self.copy = self.access.copy()
+        """The clusters that belong to the snapshot at all, None = every one. Once, before anybody uses the map.
+
+        The guest may be waiting, so bits as `zeroes` makes them are taken over, and nothing is done in new memory.
+        """
+        if scope is None:
+            return
+        self.scope = scope if len(scope) == len(self.access) and scope.endian == "little" else little(scope, self.count)
+        self.scope[self.count :] = 0
+        self.access &= self.scope
+        self.copy &= self.scope
 
     def trim(self, first: int, end: int) -> None:
         """Nobody may read clusters [first, end) any more, and nobody needs to save them. Under `lock`."""

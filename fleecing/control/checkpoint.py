@@ -73,7 +73,7 @@ class Untracked(Exception):
 
 
 class Changes:
-    """What changed since a checkpoint; `now` at any moment, the frozen part of it is looked up before."""
+    """What changed since a checkpoint; `now` at any moment, once. The frozen part of it is looked up before."""
 
     def __init__(self, frozen: bitarray, recording: Tracker, cluster_size: int) -> None:
         self._frozen = frozen
@@ -82,7 +82,8 @@ class Changes:
 
     def now(self) -> bitarray:
         """One bit for each cluster of the disk. Raises Untracked where the recording was given up meanwhile."""
-        bits = self._frozen | _clusters(self._recording, self._cluster_size)
+        bits = self._frozen  # in place: the guest may be waiting
+        bits |= _clusters(self._recording, self._cluster_size)
         if self._recording.failed is not None:
             raise Untracked(self._recording.failed)
         return bits
@@ -307,4 +308,7 @@ def intent_path(folder: str, name: str) -> str:
 
 
 def _clusters(tracker: Tracker, cluster_size: int) -> bitarray:
+    """Its bits as they are now or later, one for each cluster of that size; only to be read."""
+    if tracker.file.granularity == cluster_size:
+        return tracker.file.bits
     return rescale(tracker.file.bits, tracker.file.granularity, cluster_size, tracker.file.size)

@@ -8,6 +8,7 @@ and from connections' threads. Two dictionaries are all the shared state: `disks
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,7 @@ from fleecing.control.disk import Disk, Snapshot, open_image
 from fleecing.control.identity import TOUCH_SECONDS
 from fleecing.control.models import SnapshotRequest
 from fleecing.control.revival import revive_all
+from fleecing.control.store import RECORD_NAME
 from fleecing.control.ticker import Ticker
 from fleecing.errors import ConfigError, ControlError
 from fleecing.nbd.handshake import ExportInfo
@@ -271,7 +273,8 @@ def _end(disk: Disk, snapshots: Sequence[Snapshot]) -> None:
     try:
         for snapshot in snapshots:
             with snapshot.deletion:
-                if not snapshot.deleting:
+                # A deletion that could not even begin on disk: the next server will find the snapshot.
+                if not snapshot.deleting or os.path.exists(disk.folder.snapshot_file(snapshot.name, RECORD_NAME)):
                     snapshot.node.suspend()
         disk.chain.suspend()
         disk.node.flush()

@@ -119,7 +119,7 @@ def _go_on(disk: Disk, record: SnapshotRecord, on_broken: OnBroken, *, power_los
     """Raises OSError and BlockError where a file is missing or damaged."""
     scope = bits = None
     if record.mode is SnapshotMode.INCREMENTAL:
-        scope = bits = _kept_bits(disk, record, SCOPE_NAME)
+        scope = bits = _kept_bits(disk, record, SCOPE_NAME).copy()
     elif record.bitmap is not None:
         bits = _kept_bits(disk, record, BITMAP_NAME)
     temp_path = os.path.realpath(disk.folder.snapshot_file(record.name, TEMP_NAME))

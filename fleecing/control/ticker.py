@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 
+log = logging.getLogger(__name__)
+
 
 class Ticker:
-    """Calls `call` every `seconds`, and soon after `hurry`, until it is closed. `call` handles its own errors."""
+    """Calls `call` every `seconds`, and soon after `hurry`, until it is closed. An error of it is logged."""
 
     def __init__(self, call: Callable[[], None], seconds: float, *, name: str) -> None:
         self._call = call
@@ -33,4 +36,7 @@ class Ticker:
             self._wake.clear()
             if self._closed:
                 return
-            self._call()
+            try:
+                self._call()
+            except Exception:
+                log.exception("%s ended in an error that nobody expected", self._thread.name)
