@@ -58,11 +58,11 @@ class ClusterMap:
         self.access, self.copy, self.done = ones(self.count), ones(self.count), zeroes(self.count)
         self.scope: bitarray | None = None
         self.set_scope(scope)
-        if trimmed is not None:
-            self.access &= ~trimmed.bits
-        if done is not None:
+        if done is not None:  # a snapshot that is gone on with; of a new one nothing is trimmed, and all is to copy
+            if trimmed is not None:
+                self.access &= ~trimmed.bits
             self.done |= done & self.access
-        self.copy = self.access & ~self.done
+            self.copy = self.access & ~self.done
         self.lock = threading.Lock()
         # Why the snapshot is dead, or None. Set once, from any thread, under `_break_lock`; never unset.
         self.broken: str | None = None

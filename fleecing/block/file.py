@@ -114,27 +114,34 @@ class FileNode(Node):
             return [(length, Allocation.DATA)]
         runs: Runs = []
         end = offset + length
-        while offset < end and len(runs) < max_runs:
-            data = min(self._next_data(offset), end)
-            if data > offset:
-                append_run(runs, data - offset, Allocation.HOLE_ZERO)
-                offset = data
-                continue
-            # A hole punched since the look above gives nothing here: the next turn sees it.
-            hole = min(self.host.next_hole(offset), end)
-            if hole > offset:
-                append_run(runs, hole - offset, Allocation.DATA)
-                offset = hole
+        # In line, with plain numbers: an image may have a million runs.
+        next_data, next_hole, append = self.host.next_data, self.host.next_hole, runs.append
+        hole_zero, plain_data = int(Allocation.HOLE_ZERO), int(Allocation.DATA)
+        try:
+            while offset < end and len(runs) < max_runs:
+                data = next_data(offset)
+                if data > offset:
+                    append(((min(end, data)) - offset, hole_zero))
+                    offset = data
+                    if offset >= end or len(runs) == max_runs:
+                        break
+                hole = next_hole(offset)
+                if hole > offset:
+                    append(((min(end, hole)) - offset, plain_data))
+                    offset = hole
+                elif runs:  # a hole punched since the look above: it and the one before it are one run
+                    length, _ = runs.pop()
+                    offset -= length
+        except OSError as e:
+            append_run(runs, end - offset, self._status_after(e))
         return runs
 
-    def _next_data(self, offset: int) -> int:
-        try:
-            return self.host.next_data(offset)
-        except OSError as e:
-            if e.errno == errno.ENXIO:  # no data behind this offset, or no file
-                self.check_size()
-                return self.size
-            if e.errno == errno.EINVAL:  # a file system that knows no holes
-                self._knows_holes = False
-                return offset
-            raise
+    def _status_after(self, error: OSError) -> Allocation:
+        """What the rest is where SEEK_DATA found nothing to tell. Raises the error where that is no answer."""
+        if error.errno == errno.ENXIO:  # no data behind this offset, or no file
+            self.check_size()
+            return Allocation.HOLE_ZERO
+        if error.errno == errno.EINVAL:  # a file system that knows no holes
+            self._knows_holes = False
+            return Allocation.DATA
+        raise error

@@ -31,7 +31,7 @@ from fleecing.block.block_copy import BlockCopy
 from fleecing.block.cluster_map import ClusterMap
 from fleecing.block.copy_before_write import CopyBeforeWrite, OnCbwError
 from fleecing.block.durability import Durability
-from fleecing.block.extent import MAX_RUNS, Allocation, ClusterState, Runs, append_run, merge_runs
+from fleecing.block.extent import MAX_RUNS, Allocation, ClusterState, Runs, append_run, merge_runs, total_length
 from fleecing.block.flusher import Done, wait_for
 from fleecing.block.node import Buffer, Node
 from fleecing.block.qcow2.node import TempImage
@@ -237,6 +237,10 @@ class SnapshotAccess(Node):
         stop = self._next_done(cluster, end)
         found = self._source.block_status(position, stop - position, max_runs)
         valid = self._next_done(cluster, stop)  # the guest may have gone on meanwhile
+        if found and position + total_length(found) <= valid:
+            append_run(runs, *found[0])
+            runs.extend(found[1:])
+            return position + total_length(found)
         for length, state in found:
             length = min(length, valid - position)
             if length <= 0:
