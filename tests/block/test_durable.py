@@ -265,9 +265,9 @@ def test_copies_that_were_not_yet_known_to_be_durable_are_so_when_the_next_proce
     recorder = Recorder(tmp_path)
     with recorder.recording():
         disk, snapshot = again(tmp_path, disk, power_lost=False)
+        for name in ("temp.qcow2", "copied.bits", "trimmed.bits"):
+            assert len(recorder.files[name].syncs) > 1, name
         disk.write(0, NEW)
-    for name in ("temp.qcow2", "copied.bits", "trimmed.bits"):
-        assert len(recorder.files[name].syncs) > 1, name
     assert set(copied(tmp_path)) == {0, 1, 2, 3, 4, 6, 7}
     disk, snapshot = again(tmp_path, disk, power_lost=True)
     assert snapshot.read(0, 5 * CLUSTER) == OLD[: 5 * CLUSTER]
