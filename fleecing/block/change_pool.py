@@ -95,6 +95,15 @@ class ChangePool:
         if not self._busy.is_set():
             self._busy.set()
 
+    def grow(self, workers: int) -> None:
+        """Have at least so many threads from now on."""
+        with self._start_lock:
+            missing = workers - self._workers
+            self._workers = max(workers, self._workers)
+            if self._threads:
+                for _ in range(missing):
+                    self._start_worker()
+
     def close(self, timeout: float) -> None:
         """End the threads when they are through with what was submitted; wait `timeout` seconds at most for that."""
         deadline = time.monotonic() + timeout

@@ -32,6 +32,9 @@ from fleecing.block.tracking import Tracker
 from fleecing.errors import BlockError
 from fleecing.units import MiB
 
+DURABLE_WORKERS = 16
+"""Threads for changes where they wait for syncs: they sleep most of the time, and each sync is for all that wait."""
+
 SKIP_HOLES_FROM = MiB
 """Bytes from which on a trim or zeroing looks for holes first: what reads as zeroes already need not be saved."""
 
@@ -235,6 +238,10 @@ class CopyBeforeWrite(Node):
         return True
 
     # Snapshots come and go.
+
+    def expect_syncs(self) -> None:
+        """A durable snapshot is to come: more changes may wait at once, for they share the syncs that they wait for."""
+        self._pool.grow(DURABLE_WORKERS)
 
     def attach(self, snapshot: Saved) -> None:
         """Save for this snapshot from now on. Only while the gate is closed and nobody is inside."""

@@ -137,6 +137,7 @@ def _prepare(disk: CopyBeforeWrite, spec: SnapshotSpec, on_broken: OnBroken) -> 
             assert spec.copied_path is not None
             copied = BitFile.create(spec.copied_path, size=disk.size, granularity=spec.cluster_size)
             undo.callback(copied.remove)
+            disk.expect_syncs()
             temp.sync()
             sync_folders([spec.temp_path, trimmed.path, copied.path])
             durability = Durability(temp, copied, trimmed)
@@ -205,6 +206,7 @@ def _revive(
         if copied is not None and trusted is not None:
             if (trusted & ~linked).any():
                 raise ImageError(spec.temp_path, -1, "does not have all copies that were durable once")
+            disk.expect_syncs()
             temp.sync()  # of copies that are complete and were not synced, too: they count as copied from now on
             copied.bits |= linked
             copied.sync()

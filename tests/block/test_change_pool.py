@@ -71,3 +71,16 @@ def test_closing_does_what_was_submitted_first() -> None:
         pool.submit(hang=False, seconds=SECONDS)
     pool.pool.close(SECONDS)
     assert pool.done == [None] * 10
+
+
+def test_more_threads_take_what_waits_behind_one_that_hangs() -> None:
+    pool = Pool(again=False)
+    pool.submit(hang=True, seconds=SECONDS)
+    pool.pool.grow(2)
+    pool.submit(hang=False, seconds=SECONDS)
+    assert pool.answered.acquire(timeout=SECONDS)
+    pool.let_go.set()
+    assert pool.answered.acquire(timeout=SECONDS)
+    pool.pool.grow(1)  # never fewer
+    pool.pool.close(SECONDS)
+    assert pool.done == [None] * 2

@@ -158,7 +158,7 @@ def test_many_guest_writes_at_once_share_the_syncs(tmp_path: Path) -> None:
 
     snapshot.temp.file.sync = slow_sync  # type: ignore[method-assign]
     with recorder.recording():
-        for cluster in range(4):  # as many as the pool has threads
+        for cluster in range(4):
             disk.submit_write(cluster * CLUSTER, NEW[:CLUSTER], lambda error: over.release())
         while len(snapshot.copier._tasks) < 4 or snapshot.temp.linked().count() < 4:
             assert not over.acquire(timeout=0.001)
