@@ -216,6 +216,8 @@ class _Part:
 
     def keep(self, node: SnapshotAccess) -> Snapshot:
         """After the instant: write down what the next server needs."""
+        if node.broken is not None:  # a durable one whose image cannot be flushed
+            raise ControlError(500, f"snapshot '{self.export}' was not made: {node.broken}")
         if self.record.checkpoint is not None:
             # What was written before the checkpoint must not come back as it was before: no bitmap would know.
             image = self.disk.node.file

@@ -271,3 +271,17 @@ def test_two_servers_do_not_share_a_disks_state(manager: Manager, tmp_path: Path
     with pytest.raises(ConfigError, match="in use by another server"):
         Manager(make_settings(same, "test"))
     assert manager.snapshot("vda", "s").node.read(0, 1) == b"\1"
+
+
+def test_a_durable_snapshot_of_an_image_that_cannot_be_flushed_is_not_made(
+    manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(manager.disks["vda"].node.file, "flush", fail)
+    with pytest.raises(ControlError, match="not made: the image could not be made durable: Input"):
+        manager.create(SnapshotRequest(disks=["vda"], name="s", durable=True))
+    monkeypatch.undo()
+    assert traces(tmp_path) == []
+    assert manager.snapshots() == []
