@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 import fleecing
+from fleecing.cli.chain_commands import points, prune, restore, verify
 from fleecing.cli.checkpoint_commands import checkpoint
 from fleecing.cli.control_commands import disk, snapshot
 from fleecing.cli.demo import demo
@@ -58,3 +59,5 @@ def main() -> None:
 for command in (serve, check_config, snapshot, checkpoint, disk, status, map_, demo):
     main.add_command(command)
 main.add_command(pull_command)
+for command in (points, verify, restore, prune):
+    main.add_command(command)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from fleecing.cli import pull_display
+from fleecing.cli.chain_pull import SnapshotFacts, add_point, pull_point
 from fleecing.cli.control_client import ControlClient
 from fleecing.cli.control_commands import snapshot_path
 from fleecing.cli.params import Checked, control_option
@@ -16,6 +18,7 @@ from fleecing.cli.pull_display import JsonLines
 from fleecing.control.names import split_export
 from fleecing.errors import ControlError, FleecingError
 from fleecing.nbd.uri import NbdUri
+from fleecing.pull.chain import new_chain
 from fleecing.pull.destination import Destination, Format
 from fleecing.pull.engine import Check, PullOptions, PullReport, Trim, pull
 from fleecing.pull.qcow2_codec import Compression
@@ -77,19 +80,25 @@ Examples:
     help="How long a lost connection is tried again; 0 = a loss is a failure.",
 )
 @click.option("--no-check", is_flag=True, help="Keep no checksums for a later --resume.")
+@click.option("--chain", is_flag=True, help="TARGET is a folder of backups; add the snapshot to it.")
 @click.option("--json", "as_json", is_flag=True, help="Tell progress and the end as lines of JSON.")
 @control_option
 def pull_command(*, source: str, target: str, form: str | None, control: str, **options: Any) -> None:
     """Copy a snapshot (DISK@SNAPSHOT of the server at --control), or any export by its URI, to TARGET.
 
     TARGET is a new file (raw, or qcow2 where its name ends in .qcow2), a block device, the URI of another export, or -
-    for stdout. Only what is allocated is read, and where the export has a dirty bitmap, only what is dirty. What the
-    target has is trimmed: the snapshot's temp space is free at once, and it can be read once only.
+    for stdout; with --chain the folder of backups. Only what is allocated is read, and where the export has a dirty
+    bitmap, only what is dirty. What the target has is trimmed: the snapshot's temp space is free at once, and it can
+    be read once only.
 
     A file is called TARGET.part until it is whole. A run that was killed or failed is continued with --resume.
     """
     if options["bitmap"] and options["no_bitmap"]:
         raise click.UsageError("--bitmap and --no-bitmap do not go together.")
+    if options["chain"]:
+        _check_chain_options(form, options)
+        _pull_into_chain(source, target, control, options)
+        return
     try:
         destination = Destination(
             target,
@@ -106,8 +115,14 @@ def pull_command(*, source: str, target: str, form: str | None, control: str, **
     stream = sys.stderr if destination.is_stream else sys.stdout
     uri, temp = resolve(source, control)
     lines = JsonLines(stream, temp) if options["as_json"] else None
+    display = lines or pull_display.choose(temp)
+    _tell(lines, target, lambda: _run(uri, destination, make_options(**options), display))
+
+
+def _tell(lines: JsonLines | None, target: str, run: Callable[[], PullReport | None]) -> None:
+    """Run, and say how it ended."""
     try:
-        report = _run(uri, destination, make_options(**options), lines or pull_display.choose(temp))
+        report = run()
     except (FleecingError, OSError) as e:
         if lines is not None:
             lines.event("failed", error=str(e))
@@ -116,6 +131,55 @@ def pull_command(*, source: str, target: str, form: str | None, control: str, **
         lines.event("done", target=target, **(dataclasses.asdict(report) if report else {}))
     else:
         click.echo(summary(report, target), err=True)
+
+
+def _check_chain_options(form: str | None, options: dict[str, Any]) -> None:
+    for name in ("existing", "journal", "bitmap", "no_bitmap", "no_check"):
+        if options[name]:
+            raise click.UsageError(f"--{name.replace('_', '-')} does not go with --chain.")
+    if form == "raw":
+        raise click.UsageError("--format raw does not go with --chain: its files are qcow2.")
+
+
+def _pull_into_chain(source: str, folder: str, control: str, options: dict[str, Any]) -> None:
+    uri, temp = resolve(source, control)
+    facts = _facts(source, uri, control)
+    lines = JsonLines(sys.stdout, temp) if options["as_json"] else None
+    display = lines or pull_display.choose(temp)
+    compression = Compression[options["compress"].upper()]
+
+    def run() -> PullReport | None:
+        with new_chain(folder) as chain:
+            try:
+                with display:
+                    report = pull_point(
+                        chain,
+                        uri,
+                        facts,
+                        make_options(**options),
+                        display,
+                        compression=compression,
+                        resume=options["resume"],
+                    )
+            except BaseException:
+                if chain.is_begun(facts.name):
+                    click.echo(f"What there is of {facts.name} is kept; --resume goes on from there.", err=True)
+                raise
+            add_point(chain, facts, report.size if report is not None else chain.size_of(facts.name))
+        return report
+
+    _tell(lines, folder, run)
+
+
+def _facts(source: str, uri: NbdUri, control: str) -> SnapshotFacts:
+    """What the server at the control socket tells of the snapshot; asked for by its URI, it may be another's."""
+    try:
+        which = split_export(source if "://" not in source else uri.export)
+        return SnapshotFacts.of(ControlClient(control).request("GET", snapshot_path(which)))
+    except (ControlError, ValueError):
+        if "://" not in source:
+            raise
+        return SnapshotFacts.unknown(uri.export)
 
 
 def make_options(

@@ -154,6 +154,8 @@ def pull(
         try:
             report = _Pull(source, connections, target, journal, options).run(progress, interval)
             target.finish()
+            if journal is not None:
+                journal.is_of_use = True  # it lists what the target has, be it nothing
         except BaseException:
             _give_up(target, journal)
             raise

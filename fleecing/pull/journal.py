@@ -4,6 +4,7 @@
     records    60 bytes each: KEPT   the target has [offset, offset + length), with the checksum of its bytes
                               TRIMMED  the server need not keep it any more
                               DURABLE  every record before this one's `offset` (in the file) survives a power cut
+                              FORGOTTEN  what was kept at `offset` turned out to be something else
                               BOOT   a run on another boot of this machine begins here
 
 The order is: target, KEPT, TRIM to the server, TRIMMED. A killed process loses nothing that it has written to a file,
@@ -31,7 +32,7 @@ FORMAT: Final = 1
 CHECK_BYTES: Final = 32
 NO_CHECK: Final = bytes(CHECK_BYTES)
 
-_KEPT, _ZERO, _TRIMMED, _DURABLE, _BOOT = range(1, 6)
+_KEPT, _ZERO, _TRIMMED, _DURABLE, _BOOT, _FORGOTTEN = range(1, 7)
 _BODY: Final = struct.Struct("<IQQ32s")
 """Kind, offset, length, checksum."""
 _SUM: Final = struct.Struct("<I")
@@ -146,6 +147,7 @@ class Journal:
     def forget(self, offset: int) -> None:
         """The piece there is not what was kept after all: it has to be pulled again."""
         del self.kept[offset]
+        self._append(_FORGOTTEN, offset, 0)
 
     # The file
 
@@ -181,6 +183,8 @@ class Journal:
                 order.append((at, offset))
             elif kind == _TRIMMED:
                 trims.append((offset, length))
+            elif kind == _FORGOTTEN:
+                pending.pop(offset, None)
             elif kind == _DURABLE:
                 durable = offset
             elif kind == _BOOT:

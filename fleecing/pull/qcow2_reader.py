@@ -21,6 +21,8 @@ from fleecing.pull.qcow2_codec import (
 )
 from fleecing.pull.target import naming
 
+_ZEROES: Final = bytes(CLUSTER)
+
 _CACHED_TABLES: Final = 64
 """L2 tables that are held: 4 MiB, the mapping of 32 GiB."""
 
@@ -60,7 +62,7 @@ class ClusterReader:
             except ValueError as e:
                 raise ImageError(self._file.path, offset, str(e)) from None
         if entry & layout.ZERO:
-            return bytes(CLUSTER)
+            return _ZEROES
         offset = entry & layout.OFFSET_MASK
         return self._at(offset, CLUSTER).ljust(CLUSTER, b"\0") if offset else None
 
@@ -108,6 +110,23 @@ class Qcow2File(ClusterReader):
                 data = bytes(CLUSTER)
             parts.append(data)
         return b"".join(parts)[:length]
+
+    def is_zero(self, offset: int, length: int) -> bool:
+        """Whether that range, from a multiple of the cluster on, is zeroes that this file has itself."""
+        cluster, end = offset // CLUSTER, -(-(offset + length) // CLUSTER)
+        while cluster < end:
+            if not self._l1[cluster // L2_ENTRIES]:
+                if self.header.backing:
+                    return False
+                cluster = (cluster // L2_ENTRIES + 1) * L2_ENTRIES
+                continue
+            data = self.read_cluster(cluster)
+            if data is None and self.header.backing:
+                return False
+            if data is not None and data != _ZEROES:
+                return False
+            cluster += 1
+        return True
 
 
 def read_entries(file: HostFile, offset: int, count: int) -> array[int]:
