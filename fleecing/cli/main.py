@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 import fleecing
+from fleecing.cli.backup_command import backup
 from fleecing.cli.chain_commands import points, prune, restore, verify
 from fleecing.cli.checkpoint_commands import checkpoint
 from fleecing.cli.control_commands import disk, snapshot
@@ -59,5 +60,5 @@ def main() -> None:
 for command in (serve, check_config, snapshot, checkpoint, disk, status, map_, demo):
     main.add_command(command)
 main.add_command(pull_command)
-for command in (points, verify, restore, prune):
+for command in (backup, points, verify, restore, prune):
     main.add_command(command)
