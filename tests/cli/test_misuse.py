@@ -35,13 +35,27 @@ def fleecing(*words: str) -> Result:
         ("snapshot create a --cbw-timeout -1", "-1"),
         ("snapshot create a --cbw-timeout nan", "nan"),
         ("snapshot create a --on-cbw-error panic", "panic"),
-        ("snapshot create a --since b", "No such option"),
         ("snapshot show a", "'a' names no snapshot"),
         ("snapshot delete", "Missing argument"),
         ("snapshot delete a@b c", "'c' names no snapshot"),
         ("map a@b@c", "'b@c' is no name"),
         ("status --interval 0", "0"),
         ("status --control " + "x" * 120, "the system allows 107"),
+        ("pull vda copy", "'vda' names no snapshot"),
+        ("pull http://x/y copy", "is no NBD URI"),
+        ("pull a@b nbd://:0/x", "is no NBD URI"),
+        ("pull a@b copy --bitmap x --no-bitmap", "do not go together"),
+        ("pull a@b copy --compress zstd", "goes with the format qcow2"),
+        ("pull a@b copy.qcow2 --existing", "is for new files"),
+        ("pull a@b copy --bandwidth 0", "never come to an end"),
+        ("pull a@b dir --chain --existing", "--existing does not go with --chain"),
+        ("pull a@b dir --chain --format raw", "--format raw does not go with --chain"),
+        ("restore x", "Missing argument 'TARGET'"),
+        ("prune x", "Missing option '--keep'"),
+        ("prune x --keep 0", "0"),
+        ("backup vda", "Missing argument"),
+        ("backup vda vda dir", "DISK 'vda' is named twice"),
+        ("backup a@b dir", "'a@b' is no name"),
         ("nosuch", "No such command 'nosuch'"),
     ],
 )
@@ -54,7 +68,7 @@ def test_misuse_is_told_with_exit_code_2(command: str, sentence: str) -> None:
 @pytest.mark.parametrize(
     "command",
     ["", "serve", "check-config", "snapshot", "snapshot create", "snapshot list", "snapshot show", "snapshot delete"]
-    + ["status", "map", "disk", "disk list"],
+    + ["status", "map", "disk", "disk list", "pull", "backup", "points", "verify", "restore", "prune"],
 )
 def test_every_command_explains_itself(command: str) -> None:
     result = fleecing(*command.split(), "--help")

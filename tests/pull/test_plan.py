@@ -153,3 +153,56 @@ def test_pieces_cover_the_disk_and_no_data_is_called_zero(
         clusters = [known[at : at + cluster] for at in range(offset, position, cluster)]
         assert all(all(one) == is_zero for one in clusters)
     assert position == size
+
+
+# What is left out
+
+
+def test_what_is_done_is_neither_handed_out_nor_asked_for() -> None:
+    """A trimmed cluster's block status is an error."""
+    status = Status([(1024, DATA)])
+    plan = Plan(1024, cluster=64, data_piece=128, done=[(0, 64), (256, 512), (960, 1024)])
+    found = [(piece.offset, piece.length) for piece in iter(lambda: plan.take(status), None)]
+    assert found == [(64, 128), (192, 64), (512, 128), (640, 128), (768, 128), (896, 64)]
+    assert status.asked == [(64, 192), (512, 448)]
+
+
+def test_clean_clusters_are_left_out_and_counted() -> None:
+    extents = [
+        (64, plan_module.CLEAN),
+        (10, plan_module.CLEAN | ZERO),
+        (54, DATA),
+        (64, ZERO),
+        (128, plan_module.CLEAN),
+    ]
+    plan = Plan(320, cluster=64, data_piece=256)
+    status = Status(extents)
+    assert list(iter(lambda: plan.take(status), None)) == [Piece(64, 64, False), Piece(128, 64, True)]
+    assert plan.clean == 192
+
+
+def test_a_question_that_fails_can_be_asked_again() -> None:
+    plan = Plan(256, cluster=64, data_piece=64)
+    good = Status([(256, DATA)], most=64)
+    calls = 0
+
+    def fails_late(offset: int, length: int) -> Extents:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise ConnectionError
+        return good(offset, length)
+
+    with pytest.raises(ConnectionError):
+        plan.take(fails_late)
+    assert [piece.offset for piece in iter(lambda: plan.take(good), None)] == [0, 64, 128, 192]
+
+
+def test_what_is_put_back_comes_first_even_beyond_the_limit() -> None:
+    plan = Plan(256, cluster=64, data_piece=64)
+    first = plan.take(None, before=64)
+    assert first == Piece(0, 64, False)
+    assert plan.take(None, before=64) is None and not plan.exhausted
+    assert plan.next_offset() == 64
+    plan.put_back(Piece(192, 64, False, is_kept=True))
+    assert plan.take(None, before=64) == Piece(192, 64, False, True)
