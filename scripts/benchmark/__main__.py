@@ -39,7 +39,7 @@ _LAST_WORDS = 8.0
 
 OUTPUT = Path(__file__).parents[2] / ".cache" / "bench"
 
-_TOOLS = ("fio", "nbdcopy", "nbdinfo", "qemu-img", "setpriv", "nice")
+_TOOLS = ("fio", "nbdcopy", "nbdinfo", "qemu-img", "setpriv")
 _VERSIONS = (
     ["fio", "--version"],
     ["nbdcopy", "--version"],

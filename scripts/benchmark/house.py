@@ -50,7 +50,7 @@ class House(AbstractContextManager["House"]):
             raise BenchError(f"{parent} has {free / GiB:.1f} GiB free, {need / GiB:.0f} are needed: use --scratch")
         self.settings = settings
         self.folder = Path(tempfile.mkdtemp(prefix="fleecing-bench-", dir=parent))
-        self.sparse_folder = Path(tempfile.mkdtemp(prefix="fleecing-bench-", dir=_sparse_parent(parent)))
+        self.memory_folder = Path(tempfile.mkdtemp(prefix="fleecing-bench-", dir=_memory_parent(parent)))
         self.log = self.folder / "log"
         self.notes: list[str] = []
         self._stack = ExitStack()
@@ -63,7 +63,7 @@ class House(AbstractContextManager["House"]):
 
     def __exit__(self, *args: object) -> None:
         self._stack.close()
-        for folder in (self.folder, self.sparse_folder):
+        for folder in (self.folder, self.memory_folder):
             shutil.rmtree(folder, ignore_errors=True)
 
     def path(self, name: str) -> Path:
@@ -96,8 +96,8 @@ class House(AbstractContextManager["House"]):
 
     @property
     def extents_image(self) -> Path:
-        """A sparse image of 1 TiB with a million extents."""
-        path = self.folder / "extents.img"
+        """A sparse image of 1 TiB with a million extents. In memory: some file systems take minutes to delete it."""
+        path = self.memory_folder / "extents.img"
         if not path.exists():
             data = os.urandom(_PAGE)
             step = EXTENTS_SIZE // (EXTENTS // 2)
@@ -109,7 +109,7 @@ class House(AbstractContextManager["House"]):
 
     def sparse_image(self, size: int) -> Path:
         """A disk of `size` bytes that is one hole. On tmpfs where there is one: ext4 ends at 16 TiB."""
-        path = self.sparse_folder / f"{size}.img"
+        path = self.memory_folder / f"{size}.img"
         if not path.exists():
             with path.open("wb") as file:
                 file.truncate(size)
@@ -154,6 +154,6 @@ def touch_memory(size: int) -> None:
             memory[offset] = 1
 
 
-def _sparse_parent(parent: Path) -> Path:
+def _memory_parent(parent: Path) -> Path:
     shm = Path("/dev/shm")
     return shm if os.access(shm, os.W_OK) else parent
