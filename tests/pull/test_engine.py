@@ -53,13 +53,25 @@ def image(tmp_path: Path, contents: bytes) -> Path:
     return path
 
 
-@pytest.fixture(params=["nbdkit", "qemu-nbd raw", "qemu-nbd qcow2", "nbd-server"])
+@pytest.fixture(params=["nbdkit", "qemu-nbd raw", "qemu-nbd qcow2", "qemu-storage-daemon", "nbd-server"])
 def peer(request: pytest.FixtureRequest, tmp_path: Path, image: Path) -> Iterator[NbdUri]:
     server: AbstractContextManager[NbdUri]
     if request.param == "nbdkit":
         server = nbdkit(tmp_path, "-r", "file", str(image))
     elif request.param == "nbd-server":
         server = nbd_server(tmp_path, image)
+    elif request.param == "qemu-storage-daemon":
+        blockdev = f"driver=raw,node-name=disk,read-only=on,file.driver=file,file.filename={image}"
+        export = "type=nbd,id=e,node-name=disk,name="
+        words = [
+            "--blockdev",
+            blockdev,
+            "--nbd-server",
+            "addr.type=fd,addr.str=3,max-connections=0",
+            "--export",
+            export,
+        ]
+        server = activated(tmp_path, "qemu-storage-daemon", *words)
     else:
         form = request.param.split()[1]
         if form == "qcow2":
