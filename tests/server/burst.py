@@ -11,75 +11,15 @@ The changes of one burst do not overlap: what each does is certain, only when it
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from pathlib import Path
 
 from fleecing.client.connection import Connection
-from fleecing.client.dial import connect
 from fleecing.client.request import Request
 from fleecing.errors import RequestError
 from fleecing.nbd.constants import BASE_ALLOCATION, NbdError
-from fleecing.nbd.uri import NbdUri
 from fleecing.server.meta_context import CLUSTER_STATE
 from tests.block.rig import in_thread
 from tests.server.model import Change, Doubt, Frozen, check_zeroes, clusters, clusters_within
-from tests.serving import Server
-
-TIMEOUT = 30.0
-"""Seconds that one call of a connection may take; a server that hangs fails the test."""
-
-
-def open_lines(uri: str) -> tuple[Connection, ...]:
-    """Three connections to an export, one for each kind of reply; the last tells no block status."""
-    contexts = [BASE_ALLOCATION, CLUSTER_STATE] if "@" in uri else [BASE_ALLOCATION]
-    where = NbdUri.parse(uri)
-    return (
-        connect(where, contexts=contexts, timeout=TIMEOUT),
-        connect(where, contexts=contexts, extended=False, timeout=TIMEOUT),
-        connect(where, structured=False, extended=False, timeout=TIMEOUT),
-    )
-
-
-class View:
-    """A snapshot with the connections that read it."""
-
-    def __init__(self, frozen: Frozen, uri: str, stack: ExitStack) -> None:
-        self.frozen = frozen
-        self.lines = open_lines(uri)
-        for line in self.lines:
-            stack.callback(line.close)
-
-
-class World:
-    """A server's disk, its snapshots, and what they must hold."""
-
-    def __init__(self, server: Server, image: Path, active: bytearray) -> None:
-        self.server = server
-        self.image = image
-        self.active = active
-        self.size = len(active)
-        self.failed = False
-        """Something was not as the model says; what follows from it is no news."""
-        self.views: list[View] = []
-        self.stack = ExitStack()
-        self.guests = open_lines(server.uri())
-        for guest in self.guests:
-            self.stack.callback(guest.close)
-
-    def freeze(self) -> str:
-        """Take a snapshot; the name of its export."""
-        export: str = self.server.freeze("vda")[0]["export"]
-        return export
-
-    def add(self, export: str, contents: bytearray, doubts: list[Doubt]) -> View:
-        """A snapshot that was made."""
-        self.views.append(View(Frozen(export, contents, doubts), self.server.uri(export), self.stack))
-        return self.views[-1]
-
-    def close(self) -> None:
-        """Hang up everywhere."""
-        self.stack.close()
-
+from tests.server.world import SIZE, View, World
 
 Answer = Callable[[RequestError | None], None]
 
@@ -159,22 +99,24 @@ class Burst:
         self._send(view.lines[line], view.lines[line].submit_read(offset, data), check)
 
     def status(self, view: View, offset: int, length: int, line: int = 0) -> None:
-        """Block status in two contexts. `line` is 0 or 1."""
+        """Block status: on `line` 1 of the clusters only, answered also where nothing can be read; on 0 of all."""
         frozen = view.frozen
+        asked = clusters(offset, length) if line == 0 else range(0)
         request = view.lines[line].submit_block_status(offset, length)
 
         def check(error: RequestError | None) -> None:
             if error is not None:
-                self._check_refusal(view, error, clusters(offset, length), told=True)
+                self._check_refusal(view, error, asked, told=True)
                 return
             frozen.check_states(offset, length, request.status[CLUSTER_STATE])
-            frozen.check_allocation(offset, length, request.status[BASE_ALLOCATION])
+            if line == 0:
+                frozen.check_allocation(offset, length, request.status[BASE_ALLOCATION])
 
         self._send(view.lines[line], request, check)
 
     def trim(self, view: View, offset: int, length: int, line: int = 0) -> None:
         """Give up what lies whole in the range."""
-        gone = clusters_within(offset, length, self.world.size)
+        gone = clusters_within(offset, length, SIZE)
         view.frozen.maybe_trimmed.update(gone)
         self._trims.append((view.frozen, gone))
 

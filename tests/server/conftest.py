@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 from fleecing.nbd.constants import ReplyMode
 from fleecing.server.export import Export
 from tests.server.rig import Disk, Line, MakeDisk, MakeLine
+from tests.server.world import START, Served
+from tests.serving import Server
 
 
 @pytest.fixture(params=list(ReplyMode), ids=lambda mode: mode.value)
@@ -57,3 +60,22 @@ def _no_errors(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     yield
     errors = [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR]
     assert not errors, [record.getMessage() for record in errors]
+
+
+NERVOUS = (
+    "import sys; sys.setswitchinterval(2e-6); sys.argv[:] = ['fleecing', *sys.argv[4:]];"
+    "from fleecing.cli.main import main; main()"
+)
+"""Runs the server with threads that take turns a thousand times as often: what can come in between, does."""
+
+
+@pytest.fixture(scope="package", params=["calm", "nervous"])
+def served(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Served]:
+    """One server for all tests that use it; its disk is reset by writing."""
+    folder = tmp_path_factory.mktemp("served")
+    image = folder / "disk.img"
+    image.write_bytes(START)
+    wrapper = (sys.executable, "-c", NERVOUS) if request.param == "nervous" else ()
+    server = Server(folder / "server", image, "--cluster-size", "4K", wrapper=wrapper)
+    yield Served(server, image)
+    server.stop()
