@@ -118,11 +118,11 @@ def export(*, disk: str, name: str, out: str | None, control: str, as_json: bool
     if out == "-":
         sys.stdout.buffer.write(content)
         return
-    whole = not os.path.exists(out) or os.path.isfile(out)  # /dev/stdout and the like are written to as they are
-    temp = f"{out}.part" if whole else out
+    replace = not os.path.exists(out) or os.path.isfile(out)  # /dev/stdout and the like are written to as they are
+    temp = f"{out}.part" if replace else out
     with open(temp, "wb") as file:
         file.write(content)
-    if whole:
+    if replace:
         os.replace(temp, out)
 
 
