@@ -13,6 +13,7 @@ from scripts.benchmark.load import Fio, block_status, convert, fio, nbdcopy, sna
 from scripts.benchmark.model import Against, Goal, Image, Row, Snapshot, Stage, Transport
 from scripts.benchmark.rows_disk import PULL, at_least
 from scripts.benchmark.sparse import creation
+from scripts.benchmark.tracking import checkpoints, tracked_writes
 
 FLEECING = (OURS, *QSDS)
 
@@ -26,6 +27,7 @@ def snapshot_rows(house: House) -> Iterator[Row]:
     yield from _during_pull(house)
     yield from _extents(house)
     yield from _sparse()
+    yield from _tracking(house)
 
 
 def _reads(house: House, share: int, t: Transport) -> Iterator[Row]:
@@ -185,3 +187,25 @@ def _sparse() -> Iterator[Row]:
             goals={1: small, 64: large}.get(tib, ()),
             quick=tib == 1,
         )
+
+
+def _tracking(house: House) -> Iterator[Row]:
+    """Peers track raw disks not at all, so ours is measured alone."""
+    yield Row(
+        "track-4k-d16-unix",
+        "random write 4 KiB, depth 16, with a checkpoint, against without",
+        Stage(),
+        (OURS,),
+        tracked_writes(house),
+        shown=("kept", "rate", "cpu"),
+        goals=(Goal("kept", 0.98, Against.NOTHING),),
+        dirties=True,
+    )
+    yield Row(
+        "checkpoints-64t",
+        "ten checkpoints of an empty disk of 64 TiB, an increment since the first",
+        Stage(image=Image.SPARSE, tib=64),
+        (OURS,),
+        checkpoints(10),
+        shown=("seconds", "rss"),
+    )
