@@ -128,6 +128,12 @@ class NbdServer:
         connection = None
         try:
             connection = await self._haggle(sock, peer)
+            if connection is not None:
+                try:
+                    connection.start()
+                except RuntimeError as e:  # the system has no thread left: clients that leave make room
+                    connection = None
+                    log.warning("client %s dropped: %s", peer, e)
         except ProtocolError as e:
             log.info("client %s dropped in the handshake: %s", peer, e)
         except TimeoutError:
@@ -144,7 +150,6 @@ class NbdServer:
             log.info("client %s opened %s", peer, connection.export_name)
             self._connections.add(connection)
             self._idle.clear()
-            connection.start()
 
     async def _haggle(self, sock: socket.socket, peer: str) -> Connection | None:
         loop = asyncio.get_running_loop()

@@ -112,8 +112,12 @@ class Outbox:
             except BlockingIOError:
                 sent = 0
             if sent < len(reply):
-                rest = reply[sent:]
-                threading.Thread(target=self._send_rest, args=(rest,), name="late reply", daemon=True).start()
+                rest = threading.Thread(target=self._send_rest, args=(reply[sent:],), name="late reply", daemon=True)
+                try:
+                    rest.start()
+                except RuntimeError as e:  # no thread to be had: this client is given up, the caller goes on
+                    self._sock.shutdown(socket.SHUT_RDWR)
+                    raise ConnectionError(f"the rest of a reply: {e}") from None
                 return True
         return False
 

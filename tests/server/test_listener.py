@@ -12,6 +12,7 @@ import pytest
 
 from fleecing.nbd import options
 from fleecing.nbd.constants import ClientFlag, Cmd, Opt, Rep, ReplyMode
+from fleecing.server.connection import Connection
 from tests.block.rig import in_thread, pattern
 from tests.server.listening import Exports, Listening, Log
 from tests.server.rig import Disk, MakeDisk
@@ -273,6 +274,23 @@ def test_a_fault_of_ours_costs_one_client_and_is_logged(
     exports.fault = None
     enter(server.connect())
     caplog.clear()
+
+
+def test_a_client_for_whom_there_is_no_thread_is_dropped_and_makes_room(
+    start: Start, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start(max_clients=1)
+    monkeypatch.setattr(Connection, "start", no_thread)
+    sock = server.connect()
+    sock.sendall(FLAGS + GO)
+    rest(sock)
+    assert log.wait_for("dropped: can't start new thread").levelno == logging.WARNING
+    monkeypatch.undo()
+    enter(server.connect())
+
+
+def no_thread(connection: Connection) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 # The end of the server

@@ -216,3 +216,22 @@ def test_threads_that_send_the_rest_of_a_late_reply_end(pair: Pair) -> None:
         if thread.name == "late reply":
             thread.join(SECONDS)
             assert not thread.is_alive()
+
+
+def test_without_a_thread_for_the_rest_the_client_is_given_up(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = pair.fill()
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    pair.out.late(message(1, 10))  # the caller notices nothing
+    monkeypatch.undo()
+    assert not pair.out._late
+    for _ in range(before - 1):
+        next_message(pair.client)
+    with pytest.raises(AssertionError, match="the end came"):
+        next_message(pair.client)
+        next_message(pair.client)
+    with pytest.raises(OSError):
+        pair.out.send_now([b"more"])
+
+
+def no_thread(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
