@@ -219,7 +219,8 @@ class CopyBeforeWrite(Node):
                 return  # all that failed was trimmed meanwhile: nobody needs it
             if snapshot.on_cbw_error is OnCbwError.BREAK_GUEST_WRITE:
                 raise
-            clusters.break_(f"copy before a guest write failed: {_reason(e)}")
+            overdue = isinstance(e, TimeoutError)  # it waited for another change's copy
+            clusters.break_(_overdue(snapshot) if overdue else f"copy before a guest write failed: {_reason(e)}")
 
     def _expired(self, attempt: Attempt) -> bool:
         """The change is overdue. Give up the snapshots that it waits for and try again, or give up the change."""
@@ -229,7 +230,7 @@ class CopyBeforeWrite(Node):
             if not snapshot.cbw_timeout or now < change.started + snapshot.cbw_timeout:
                 continue
             if any(snapshot.clusters.needs_copy(offset, length) for offset, length in change.ranges):
-                text = f"temp did not take a copy within cbw-timeout ({snapshot.cbw_timeout:g} s)"
+                text = _overdue(snapshot)
                 if snapshot.on_cbw_error is OnCbwError.BREAK_GUEST_WRITE:
                     change.done(TimeoutError(errno.ETIMEDOUT, text))
                     return False
@@ -258,6 +259,10 @@ class CopyBeforeWrite(Node):
         self._pool.close(timeout)
         self._flusher.close(timeout)
         self.file.close()
+
+
+def _overdue(snapshot: Saved) -> str:
+    return f"temp did not take a copy within cbw-timeout ({snapshot.cbw_timeout:g} s)"
 
 
 def _reason(error: Exception) -> str:

@@ -183,13 +183,14 @@ def test_no_synced_file_is_lost_when_the_server_is_restarted(
         guest.check(MAKE_FILE_SYSTEM)
         work = BusyGuest(guest)
         made = make_files(guest)
-        for _ in range(2):
+        for turn in range(1, 3):
             work.wait_for(3)
-            server.snapshot()
+            server.snapshot(name=f"s{turn}")
             work.wait_for(2)
             end(server)
             server = serve(image, *options)
-            assert server.status()["snapshots"] == []
+            states = {snapshot["name"]: snapshot["state"] for snapshot in server.status()["snapshots"]}
+            assert states == {f"s{number}": "ready" for number in range(1, turn + 1)}
         synced = work.wait_for(10)
         assert guest.console == ""
         server.kill()

@@ -88,7 +88,8 @@ def test_the_guest_trims_its_disk(children: Children, tmp_path: Path) -> None:
     with Guest(tmp_path, drive(f"nbd+unix:///?socket={path}")) as guest:
         guest.check("blkdiscard -o 4M -l 8M /dev/vda")
     server.stop()
-    assert image.stat().st_blocks * 512 == 8 * MiB
+    # The file system's own blocks for a file in pieces count, too.
+    assert 8 * MiB <= image.stat().st_blocks * 512 <= 8 * MiB + 65536
 
 
 def test_the_kernel_attaches_an_export_of_the_host(children: Children, libnbd: ModuleType, tmp_path: Path) -> None:
