@@ -231,6 +231,7 @@ def test_a_temp_that_hangs_breaks_the_snapshot_and_no_guest_write(serve: Serve, 
             rounds = work.stop()
             guest.check("umount /mnt")
             assert guest.console == ""
+        server.delete("vda@s")
         server.stop()
         assert list(temp.glob("*.qcow2")) == []
     assert_files(image, tmp_path / "files", made, rounds)
