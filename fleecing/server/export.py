@@ -18,7 +18,6 @@ from fleecing.errors import BlockError, ClusterUnreadable, RequestError, Snapsho
 from fleecing.nbd.constants import BASE_ALLOCATION, NbdError, TransmissionFlag
 from fleecing.nbd.handshake import ExportInfo
 from fleecing.nbd.transmission import nbd_error
-from fleecing.server.figures import AccountName
 from fleecing.server.meta_context import (
     ALLOCATION_DEPTH,
     CLUSTER_STATE,
@@ -93,12 +92,6 @@ class Export:
     @property
     def description(self) -> str:
         return self.info.description
-
-    @property
-    def account(self) -> AccountName:
-        """What its requests count for: a disk, and whether the guest makes them or a backup of a snapshot."""
-        disk, at, _ = self.info.name.partition("@")
-        return disk, "backup" if at else "guest"
 
     def contexts(self, names: Iterable[str]) -> list[Context]:
         """Those that a client selected, in its order; some answer otherwise where a dirty bitmap is among them."""
