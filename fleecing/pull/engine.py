@@ -23,7 +23,7 @@ from threading import Condition, Event, Lock
 from typing import Final
 
 from fleecing.client.connection import Connection
-from fleecing.errors import ImageError, ProtocolError, RequestError
+from fleecing.errors import BlockError, ImageError, ProtocolError, RequestError
 from fleecing.nbd.client_handshake import ExportRefused
 from fleecing.nbd.constants import NbdError, TransmissionFlag
 from fleecing.nbd.uri import NbdUri
@@ -258,6 +258,7 @@ class _Pull:
             except BaseException:
                 self._stop()
                 raise
+        self._check_all_is_there()
         if progress is not None:
             progress(self._progress(started))
         seconds = time.monotonic() - started
@@ -272,6 +273,12 @@ class _Pull:
             self._reconnects,
             self.source.bitmap,
         )
+
+    def _check_all_is_there(self) -> None:
+        """A copy with a hole that nobody wanted must never look whole."""
+        done = self._data + self._zeroes + self._resumed + self.plan.clean
+        if done != self.plan.size:
+            raise BlockError(f"{self.source.uri}: {done} of {self.plan.size} bytes were dealt with; nothing is kept")
 
     def _make_durable(self) -> None:
         if self._journal is not None:

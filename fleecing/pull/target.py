@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -19,7 +20,7 @@ _ZEROES: Final = bytes(MiB)
 _UNIT: Final = 64 * KiB
 
 
-class Target:
+class Target(ABC):
     """Takes each byte of the disk once, in any order, from several threads; offsets and lengths in bytes.
 
     Errors are OSError. `finish`, `abandon` or `suspend` is the last call, made by one thread when all others are
@@ -30,13 +31,13 @@ class Target:
     needs_all: bool = False
     """Every byte has to come: an increment cannot go there."""
 
+    @abstractmethod
     def write(self, offset: int, data: memoryview) -> None:
         """The bytes at `offset` are `data`; kept when this returns, durable after `sync` and `finish`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def zero(self, offset: int, length: int) -> None:
         """The range reads as zeroes."""
-        raise NotImplementedError
 
     def read(self, offset: int, length: int) -> bytes:
         """What was written there, possibly by an earlier run; for targets that can be resumed."""

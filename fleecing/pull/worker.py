@@ -68,6 +68,8 @@ class Worker:
         self._buffers = [bytearray(shared.piece) for _ in range(shared.depth)]
         self._on_the_way: dict[int, tuple[Piece, bytearray]] = {}
         self._lost_at: float | None = None
+        self._at_target = False
+        """The target, or the journal, is at work: what fails now is no matter of the source's connection."""
 
     def run(self) -> None:
         while True:
@@ -75,7 +77,7 @@ class Worker:
                 self._work()
                 return
             except (OSError, ProtocolError, RequestError) as e:
-                if self._shared.stopped.is_set() or not self._may_come_back(e):
+                if self._at_target or self._shared.stopped.is_set() or not self._may_come_back(e):
                     raise
                 log.info("%s, connecting again", e)
                 self._put_all_back()
@@ -114,6 +116,7 @@ class Worker:
     def _start(self, piece: Piece, buffer: bytearray) -> None:
         shared = self._shared
         if piece.is_zero and not piece.is_kept:
+            self._at_target = True
             shared.target.zero(piece.offset, piece.length)
             self._kept(piece, buffer, NO_CHECK)
             return
@@ -138,6 +141,7 @@ class Worker:
         piece, buffer = self._on_the_way.pop(request.cookie)
         if request.command is Cmd.READ:
             data = memoryview(buffer)[: piece.length]
+            self._at_target = True
             self._shared.target.write(piece.offset, data)
             self._kept(piece, buffer, NO_CHECK if self._shared.check is None else self._shared.check(data))
         else:
@@ -147,6 +151,7 @@ class Worker:
     def _kept(self, piece: Piece, buffer: bytearray, check: bytes) -> None:
         """The target has the piece: trim it, or be done with it."""
         self._shared.kept(piece, check)
+        self._at_target = False
         if self._shared.trims:
             self._send(piece._replace(is_kept=True), buffer)
         else:

@@ -302,6 +302,15 @@ def test_an_error_of_the_target_ends_the_pull_and_nothing_unwritten_is_trimmed(t
     assert not [offset for offset, _ in run.disk.of("TRIM") if offset < 20 * MiB]
 
 
+def test_a_target_that_shuts_down_is_no_reason_to_connect_to_the_source_again(tmp_path: Path) -> None:
+    """ESHUTDOWN of the source is a loss that a new connection mends; of the target it is the end."""
+    run = Run(tmp_path, Disk(data_of(5 * MiB)))
+    run.target.fail = RequestError(NbdError.ESHUTDOWN, "the server is going down")
+    with pytest.raises(RequestError, match="is going down"):
+        run(PullOptions(reconnect=60))
+    assert run.target.ended == ["abandoned"]
+
+
 def test_an_error_of_one_connection_ends_those_that_wait(tmp_path: Path) -> None:
     """Three connections wait for an answer that never comes; the fourth one's error must not wait for them."""
     run = Run(tmp_path, Disk(data_of(20 * MiB)))
