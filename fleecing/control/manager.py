@@ -205,6 +205,9 @@ class Manager:
         self.disk(disk)
         snapshot = self._snapshots.get((disk, name))
         if snapshot is None:
+            with self._creation:  # whoever asked for it may be gone, and it may be about to be there
+                snapshot = self._snapshots.get((disk, name))
+        if snapshot is None:
             return False
         with snapshot.deletion:
             if self._snapshots.get((disk, name)) is not snapshot:

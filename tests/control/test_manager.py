@@ -285,3 +285,26 @@ def test_a_durable_snapshot_of_an_image_that_cannot_be_flushed_is_not_made(
     monkeypatch.undo()
     assert traces(tmp_path) == []
     assert manager.snapshots() == []
+
+
+def test_a_deletion_waits_for_the_creation_that_is_making_the_snapshot(tmp_path: Path) -> None:
+    """A client that was killed while it waited for its snapshot: whoever cleans up after it must not come too early."""
+    (tmp_path / "vda.img").write_bytes(bytes(SIZE))
+    settings = {"disk": {"vda": {"path": str(tmp_path / "vda.img")}}, "state-dir": str(tmp_path / "state")}
+    manager = Manager(make_settings(settings, "test"), drain_seconds=60)
+    gate = manager.disks["vda"].node.gate
+    gate.enter("a write")
+    creating = threading.Thread(target=create, args=(manager, "vda"))
+    creating.start()
+    while not gate._closed:
+        threading.Event().wait(0.001)
+    deleted: list[bool] = []
+    deleting = threading.Thread(target=lambda: deleted.append(manager.delete("vda", "s")))
+    deleting.start()
+    deleting.join(0.1)
+    gate.leave("a write")
+    creating.join()
+    deleting.join()
+    assert deleted == [True]
+    assert manager.snapshots() == [] and traces(tmp_path) == []
+    manager.close()

@@ -1,4 +1,4 @@
-"""Real server processes that start in a few milliseconds: forked from a process that has everything imported."""
+"""Real processes that start in a few milliseconds: forked from a process that has everything imported."""
 
 from __future__ import annotations
 
@@ -13,6 +13,45 @@ from tests.peers import DEADLINE
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.crash.forked"])
+
+
+def _run(arguments: list[str], log: Connection) -> None:
+    """In the new process: `fleecing ARGUMENTS`, with all that it says in the pipe."""
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    log.close()
+    main(arguments, prog_name="fleecing")
+
+
+class ForkedCommand:
+    """`fleecing ARGUMENTS` in a process of its own, which may be killed."""
+
+    def __init__(self, *arguments: object) -> None:
+        reading, writing = os.pipe()
+        with Connection(writing, readable=False) as log:
+            self.process = _context.Process(target=_run, args=([*map(str, arguments)], log), daemon=True)
+            self.process.start()
+        self.said = ""
+        self._reader = threading.Thread(target=self._read, args=(reading,), daemon=True)
+        self._reader.start()
+
+    def _read(self, reading: int) -> None:
+        with os.fdopen(reading, errors="replace") as pipe:
+            self.said = pipe.read()
+
+    def kill(self) -> None:
+        """kill -9, and wait until it is gone."""
+        self.process.kill()
+        self.wait()
+
+    def wait(self) -> int:
+        """Its exit code, minus the signal's number where one ended it; `said` is all of it then."""
+        self.process.join(DEADLINE)
+        code = self.process.exitcode
+        assert code is not None, "the command does not end"
+        self._reader.join(DEADLINE)
+        assert "Traceback" not in self.said, self.said
+        return code
 
 
 def _serve(arguments: list[str], log: Connection) -> None:
