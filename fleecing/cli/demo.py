@@ -14,7 +14,6 @@ import shlex
 import shutil
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +39,8 @@ from fleecing.units import MiB, TiB, div_up, format_size, parse_size
 
 _SNAPSHOT: Final = "frozen"
 _WRITERS: Final = 4
+_SLICE: Final = 0.25
+"""Seconds the main thread sleeps at a time."""
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Read = Callable[[int, int], bytes | bytearray]
@@ -182,7 +183,10 @@ class _Demo:
 
     def _guest_time(self, what: str) -> None:
         say(f"The guest {what}, {self._seconds:g} s")
-        threading.Event().wait(self._seconds)
+        # In slices: a signal that comes just before the main thread falls asleep is seen when it wakes, not before.
+        end = time.monotonic() + self._seconds
+        while (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, _SLICE))
 
     def _freeze(self, writers: Sequence[Writer]) -> list[Journal]:
         """Create the snapshot while the guest writes."""

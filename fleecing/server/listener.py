@@ -128,12 +128,8 @@ class NbdServer:
         connection = None
         try:
             connection = await self._haggle(sock, peer)
-            if connection is not None:
-                try:
-                    connection.start()
-                except RuntimeError as e:  # the system has no thread left: clients that leave make room
-                    connection = None
-                    log.warning("client %s dropped: %s", peer, e)
+            if connection is not None and not self._start(connection):
+                connection = None
         except ProtocolError as e:
             log.info("client %s dropped in the handshake: %s", peer, e)
         except TimeoutError:
@@ -148,8 +144,18 @@ class NbdServer:
                 sock.close()
         if connection is not None:
             log.info("client %s opened %s", peer, connection.export_name)
-            self._connections.add(connection)
-            self._idle.clear()
+
+    def _start(self, connection: Connection) -> bool:
+        """List the connection and have it served; False where the system has no thread left for it."""
+        self._connections.add(connection)  # before it serves: a client that got an answer is listed
+        try:
+            connection.start()
+        except RuntimeError as e:  # clients that leave make room
+            self._connections.discard(connection)
+            log.warning("client %s dropped: %s", connection.peer, e)
+            return False
+        self._idle.clear()
+        return True
 
     async def _haggle(self, sock: socket.socket, peer: str) -> Connection | None:
         loop = asyncio.get_running_loop()

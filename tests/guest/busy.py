@@ -35,6 +35,8 @@ while [ ! -e /tmp/stop ]; do
 done
 """
 
+_TELL = "echo exit code $n after round $last; exit 1"
+
 _MAKE = """
 for i in 1 2 3 4 5 6; do head -c $((i * 61234)) /dev/urandom >$i; done
 sync
@@ -82,7 +84,7 @@ class BusyGuest:
     def wait_for(self, rounds: int) -> int:
         """Wait until that many more rounds are durable, from now on; the number of the last one."""
         self._guest.check("echo now 0 >/tmp/rounds")
-        return self._read(f"now) until=$((last + {rounds}));;", "end) exit 1")
+        return self._read(f"now) until=$((last + {rounds}));;", f"end) {_TELL}")
 
     def trim_too(self) -> None:
         """Trim the file system every few rounds from now on; the first time, that is all its free space."""
@@ -91,7 +93,7 @@ class BusyGuest:
     def stop(self) -> int:
         """End the work, which must not have failed; the number of its last round."""
         self._guest.check("touch /tmp/stop")
-        return self._read("end) until=$last; [ $n = 0 ] || exit 1")
+        return self._read(f"end) until=$last; [ $n = 0 ] || {{ {_TELL}; }}")
 
     def _read(self, *cases: str) -> int:
         """Read what the work tells, in the order in which it was told, until round `until` is among it."""
@@ -101,7 +103,7 @@ class BusyGuest:
         )
         code, output = self._guest.run(script)
         if code:
-            pytest.fail(f"the guest's work failed:\n{self._guest.run('tail /tmp/rounds.log').output}")
+            pytest.fail(f"the guest's work failed, {output}\n{self._guest.run('tail /tmp/rounds.log').output}")
         self._round = int(output)
         return self._round
 

@@ -27,6 +27,9 @@ from tests.peers import DEADLINE, Child
 CPU = "qemu64,+rdrand"
 """With a random number instruction: without one, mkfs and nbd-client wait seconds for the kernel to collect entropy."""
 
+KERNEL_OPTIONS = "console=ttyS0 quiet panic=-1 noapic"
+"""`noapic`: where the host is busy, the kernel misses the few ticks that it tests the IO-APIC with, and panics."""
+
 HOST = "10.0.2.2"
 """The host's 127.0.0.1, seen from the guest."""
 
@@ -58,7 +61,7 @@ class Guest:
             *("qemu-system-x86_64", "-M", "pc", "-accel", "tcg", "-cpu", CPU, "-smp", str(cpus), "-m", str(memory)),
             *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
             *("-kernel", str(image.kernel), "-initrd", str(image.initramfs)),
-            *("-append", "console=ttyS0 quiet panic=-1"),
+            *("-append", KERNEL_OPTIONS),
             *("-serial", f"file:{self.console_path}"),
             *("-chardev", f"socket,id=commands,fd={inner.fileno()}", "-serial", "chardev:commands"),
             *("-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="),

@@ -71,9 +71,11 @@ def test_zeroes_are_read_as_zeroes(server: Server, flags: str) -> None:
 
 
 def test_a_discard_frees_space_and_reads_as_zeroes(server: Server) -> None:
-    before = allocated(Path(server.status()["disks"][0]["path"]))
+    image = Path(server.status()["disks"][0]["path"])
+    before = allocated(image)
     io(server.uri(), "discard 1M 1M", "discard 3 5", "read -P 0 1M 1M")
-    assert allocated(Path(server.status()["disks"][0]["path"])) == before - MIB
+    # The file system may spend a block on its own list of extents, which now has a gap.
+    assert before - MIB <= allocated(image) <= before - MIB + 64 * 1024
 
 
 def test_a_snapshot_takes_no_writes(server: Server) -> None:
