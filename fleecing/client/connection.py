@@ -19,6 +19,7 @@ from typing import Final, Self
 
 from fleecing.client.replies import ReplyReader
 from fleecing.client.request import Extents, Request
+from fleecing.client.tls import TlsSocket
 from fleecing.errors import FleecingError, RequestError
 from fleecing.nbd.client_handshake import ClientAgreement
 from fleecing.nbd.constants import Cmd, CmdFlag, NbdError, ReplyMode, TransmissionFlag
@@ -52,7 +53,9 @@ class Connection:
     hands them out. Only `abort` may be called by another thread.
     """
 
-    def __init__(self, sock: socket.socket, agreement: ClientAgreement, *, peer: str, timeout: float) -> None:
+    def __init__(
+        self, sock: socket.socket | TlsSocket, agreement: ClientAgreement, *, peer: str, timeout: float
+    ) -> None:
         self.peer = peer
         self.timeout = timeout
         self.size = agreement.size

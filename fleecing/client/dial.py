@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import socket
+import ssl
 import time
 from collections.abc import Sequence
 from typing import Final
 
 from fleecing.client.connection import Connection
+from fleecing.client.tls import TlsSocket, client_context, refused, start_tls
 from fleecing.errors import FleecingError, ProtocolError
-from fleecing.nbd.client_handshake import ClientHandshake, ExportListing, ExportRefused
+from fleecing.nbd.client_handshake import ClientHandshake, ExportListing, TlsMode
 from fleecing.nbd.uri import NbdUri
 
 log = logging.getLogger(__name__)
@@ -32,32 +34,42 @@ def connect(
     """A connection to the export of `uri`, with the best replies and those of `contexts` that the server has.
 
     `find_contexts` are queries ("qemu:dirty-bitmap:"); the contexts that they find are selected, too. `timeout`
-    (seconds) holds for this call as a whole and for each call of the connection. Raises OSError, ProtocolError, and
-    ExportRefused with the server's text.
+    (seconds) holds for this call as a whole and for each call of the connection. A URI of nbds asks for TLS, and takes
+    nothing else. Raises OSError, ProtocolError, and ExportRefused with the server's text.
     """
     handshake = ClientHandshake(
-        uri.export, structured=structured, extended=extended, contexts=contexts, find_contexts=find_contexts
+        uri.export,
+        structured=structured,
+        extended=extended,
+        contexts=contexts,
+        find_contexts=find_contexts,
+        tls=_mode(uri),
     )
     sock = _talk(uri, handshake, timeout)
     agreement = handshake.agreement
     if agreement is None or handshake.leftover:
         sock.close()
         raise ProtocolError(f"{uri} sent {len(handshake.leftover)} bytes that nobody asked for")
-    return Connection(sock, agreement, peer=str(uri), timeout=timeout)
+    stream = TlsSocket(sock) if isinstance(sock, ssl.SSLSocket) else sock
+    return Connection(stream, agreement, peer=str(uri), timeout=timeout)
 
 
 def list_exports(uri: NbdUri, *, timeout: float = 60.0) -> tuple[tuple[str, str], ...]:
     """(name, description) of each export of the server. Raises as `connect`."""
-    listing = ExportListing()
+    listing = ExportListing(tls=_mode(uri))
     _talk(uri, listing, timeout).close()
     assert listing.exports is not None
     return listing.exports
 
 
+def _mode(uri: NbdUri) -> TlsMode:
+    """nbds: TLS, or nothing: a server that offers none, or somebody between who says so, is refused."""
+    return TlsMode.REQUIRE if uri.tls else TlsMode.OFF
+
+
 def _talk(uri: NbdUri, handshake: ClientHandshake | ExportListing, timeout: float) -> socket.socket:
-    """Open the socket and run the handshake to its end."""
-    if uri.tls:
-        raise ExportRefused(f"{uri}: this client does not speak TLS yet; use a Unix socket or a tunnel")
+    """Open the socket and run the handshake to its end; an `ssl.SSLSocket` where it went through TLS."""
+    context = client_context(uri) if uri.tls else None
     deadline = time.monotonic() + timeout
     sock = _open(uri, timeout)
     try:
@@ -71,9 +83,18 @@ def _talk(uri: NbdUri, handshake: ClientHandshake | ExportListing, timeout: floa
                 handshake.connection_lost()
             handshake.receive(data)
             sock.sendall(handshake.data_to_send())
+            if handshake.wants_tls:
+                assert context is not None
+                sock.settimeout(max(0.001, deadline - time.monotonic()))
+                sock = start_tls(sock, uri, context)
+                handshake.tls_started()
+                sock.sendall(handshake.data_to_send())
     except TimeoutError:
         sock.close()
         raise TimeoutError(f"{uri}: no end of the handshake within {timeout:g} s") from None
+    except ssl.SSLError as e:
+        sock.close()
+        raise refused(uri, e) from None
     except (OSError, FleecingError):
         _goodbye(sock, handshake.data_to_send())
         raise

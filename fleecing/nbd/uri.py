@@ -34,6 +34,8 @@ class NbdUri:
     tls_type: str | None = None
     tls_hostname: str | None = None
     tls_verify_peer: bool | None = None
+    tls_certificates: str | None = None
+    """Folder of ca-cert.pem and, for clients that show one, client-cert.pem and client-key.pem, as libnbd has it."""
 
     @classmethod
     def parse(cls, text: str) -> NbdUri:
@@ -55,6 +57,7 @@ class NbdUri:
             "tls-type": self.tls_type,
             "tls-hostname": self.tls_hostname,
             "tls-verify-peer": None if self.tls_verify_peer is None else str(int(self.tls_verify_peer)),
+            "tls-certificates": self.tls_certificates,
         }
         query = "&".join(f"{key}={_quote(value)}" for key, value in parameters.items() if value is not None)
         return f"{scheme}://{authority}/{_quote(self.export)}" + (f"?{query}" if query else "")
@@ -87,13 +90,14 @@ def _parse(text: str) -> NbdUri:
         username=None if parts.username is None else unquote(parts.username),
         tls_type=_one_of(parameters, "tls-type", _TLS_TYPES),
         tls_hostname=parameters.get("tls-hostname"),
+        tls_certificates=parameters.get("tls-certificates"),
         tls_verify_peer={None: None, "0": False, "1": True}[_one_of(parameters, "tls-verify-peer", ("0", "1"))],
     )
 
 
 def _parameters(query: str) -> dict[str, str]:
     """The query's parameters. A plus sign is a plus sign: this is no HTML form."""
-    known = ("socket", "tls-type", "tls-hostname", "tls-verify-peer")
+    known = ("socket", "tls-type", "tls-hostname", "tls-verify-peer", "tls-certificates")
     found: dict[str, str] = {}
     for part in filter(None, query.split("&")):
         key, _, value = part.partition("=")

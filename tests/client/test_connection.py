@@ -179,11 +179,6 @@ def test_nobody_listening_is_an_os_error(tmp_path: Path) -> None:
         connect(NbdUri(socket=str(tmp_path / "nothing")), timeout=TIMEOUT)
 
 
-def test_tls_is_refused_with_a_sentence() -> None:
-    with pytest.raises(ExportRefused, match="TLS"):
-        connect(NbdUri(tls=True), timeout=TIMEOUT)
-
-
 def test_a_read_only_export_takes_no_writes(tmp_path: Path) -> None:
     with nbdkit(tmp_path, "-r", "memory", "16M") as uri, connect(uri, timeout=TIMEOUT) as connection:
         with pytest.raises(RequestError, match="read-only") as caught:

@@ -26,6 +26,7 @@ from fleecing.nbd.uri import NbdUri
         ("nbd+unix:///?socket=%00/abstract", NbdUri(socket="\0/abstract")),
         # and more
         ("nbds://h:1/", NbdUri(host="h", port=1, tls=True)),
+        ("nbds://h/x?tls-certificates=/a/b", NbdUri(host="h", export="x", tls=True, tls_certificates="/a/b")),
         ("nbds+unix:///?socket=s&tls-hostname=h", NbdUri(socket="s", tls=True, tls_hostname="h")),
         ("nbd://[::1]:99/x", NbdUri(host="::1", port=99, export="x")),
         ("nbd:///x", NbdUri(host="localhost", export="x")),
