@@ -246,9 +246,14 @@ class BlockCopy:
             task.finish()
 
     def wait_idle(self, timeout: float) -> bool:
-        """Wait until no task runs; False where one still does after `timeout` seconds."""
-        with self._idle:
-            return self._idle.wait_for(lambda: not self._tasks, timeout)
+        """Wait until no task runs; False where one still does, or hangs with the lock held, after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        if not self.clusters.lock.acquire(timeout=timeout):
+            return False
+        try:
+            return self._idle.wait_for(lambda: not self._tasks, max(0.0, deadline - time.monotonic()))
+        finally:
+            self.clusters.lock.release()
 
 
 def _buffer(size: int) -> bytearray:

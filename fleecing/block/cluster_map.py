@@ -29,6 +29,9 @@ from fleecing.block.extent import ClusterState
 from fleecing.errors import ClusterUnreadable, SnapshotBroken
 from fleecing.units import div_up
 
+LOOK_SECONDS = 0.05
+"""How long a look at the numbers waits for the lock."""
+
 
 class ClusterMap:
     """The clusters of one snapshot. `cluster_size`: a power of two; `size`: bytes; the last cluster may be short."""
@@ -137,12 +140,20 @@ class ClusterMap:
         return (ClusterState.TRIMMED if in_scope else ClusterState.NOT_IN_BITMAP), end
 
     def counts(self) -> dict[ClusterState, int]:
-        """Clusters by state; they add up to all clusters when nothing changes meanwhile."""
+        """Clusters by state; they add up to all clusters when nothing changes meanwhile.
+
+        A temp that hangs can hold the lock for good, and whoever asks wants to know just then: so the lock is waited
+        for LOOK_SECONDS at most, and without it a trim in between may make the numbers disagree by what it trims.
+        """
         in_scope = self.count if self.scope is None else self.scope.count(1)
-        with self.lock:
+        locked = self.lock.acquire(timeout=LOOK_SECONDS)
+        try:
             copied, readable = self.done.count(), self.access.count()
+        finally:
+            if locked:
+                self.lock.release()
         return {
-            ClusterState.UNTOUCHED: readable - copied,
+            ClusterState.UNTOUCHED: max(0, readable - copied),
             ClusterState.COPIED: copied,
             ClusterState.TRIMMED: in_scope - readable,
             ClusterState.NOT_IN_BITMAP: self.count - in_scope,

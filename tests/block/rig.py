@@ -47,6 +47,7 @@ class FaultyTemp(HostFile):
 
     fail: OSError | None = None
     hold: threading.Event | None = None
+    before_hold = 0  # writes that still go through before `hold`
     skip = 0  # writes that still succeed before `fail`
     failures = -1  # writes that fail then, -1 = all
 
@@ -55,7 +56,9 @@ class FaultyTemp(HostFile):
         self.held = threading.Semaphore(0)  # one release for each write that waits
 
     def write(self, offset: int, data: Buffer) -> None:
-        if self.hold is not None:
+        if self.hold is not None and self.before_hold:
+            self.before_hold -= 1
+        elif self.hold is not None:
             hold = self.hold
             self.held.release()
             assert hold.wait(SECONDS)

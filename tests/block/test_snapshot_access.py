@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from fleecing.block.extent import Allocation, ClusterState
 from fleecing.block.snapshot_access import SnapshotAccess
 from fleecing.errors import ClusterUnreadable, SnapshotBroken
 from fleecing.units import GiB, KiB, MiB, TiB
-from tests.block.rig import CLUSTER, Rig, blocks, pattern
+from tests.block.rig import CLUSTER, SECONDS, Rig, blocks, pattern
 
 MakeRig = Callable[..., Rig]
 SIZE = 8 * CLUSTER
@@ -209,6 +210,22 @@ def test_removal_frees_the_temp_while_a_client_still_has_it_open(make_rig: MakeR
     snapshot.release()
     assert temp.fd == -1
     assert rig.broken == []
+
+
+def test_a_temp_that_hangs_in_its_tables_stops_neither_looks_nor_a_deletion(make_rig: MakeRig) -> None:
+    """The writes of temp's tables are made under the lock of the clusters' states."""
+    rig = make_rig(OLD)
+    snapshot, temp = rig.snapshot(cbw_timeout=0.01)
+    temp.before_hold, temp.hold = 1, threading.Event()
+    rig.disk.write(0, NEW)
+    assert rig.broken == [("s", "temp did not take a copy within cbw-timeout (0.01 s)")]
+    assert snapshot.clusters.lock.locked()
+    assert snapshot.counts()[ClusterState.UNTOUCHED] == 8
+    with pytest.raises(TimeoutError, match="a copy under way"):
+        snapshot.remove(0.01)
+    temp.hold.set()
+    snapshot.remove(SECONDS)
+    assert blocks(temp.path) == 0
 
 
 def test_snapshots_go_in_any_order_and_the_others_stay_exact(make_rig: MakeRig) -> None:
