@@ -37,6 +37,7 @@ import pytest
 DEADLINE = 60.0
 
 PACKAGES = {
+    "blockdev": "util-linux",
     "busybox": "busybox-static",
     "cpio": "cpio",
     "curl": "curl",

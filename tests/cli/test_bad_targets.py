@@ -1,0 +1,140 @@
+"""Targets that are devices, that cannot be written, and that vanish: all of it, or one sentence and exit code 1."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from fleecing.cli.control_client import ControlClient
+from fleecing.cli.main import main
+from tests.crash.forked import ForkedCommand, ForkedServer
+from tests.images import IS_ROOT, MIB, loop_device, make_image, tmpfs
+from tests.peers import run
+
+SIZE = 6 * MIB + 512
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "vda.img"
+    make_image(path, SIZE)
+    return path
+
+
+@pytest.fixture
+def server(tmp_path: Path, image: Path) -> Iterator[ForkedServer]:
+    server = ForkedServer(tmp_path, image)
+    server.wait_ready()
+    yield server
+    server.stop()
+
+
+def snapshot(server: ForkedServer) -> None:
+    ControlClient(str(server.control)).request("POST", "/v1/snapshots", {"disks": ["vda"], "name": "s"})
+
+
+def trimmed(server: ForkedServer) -> int:
+    found: int = ControlClient(str(server.control)).request("GET", "/v1/snapshots/vda@s")["clusters"]["trimmed"]
+    return found
+
+
+def fleecing(*words: object, expect: int = 0) -> Result:
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == expect, result.output
+    if expect:
+        assert result.stderr.splitlines()[-1].startswith("Error: "), result.stderr
+    return result
+
+
+@pytest.fixture(params=["folder without permission", *(["file system", "device"] if IS_ROOT else [])])
+def read_only(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A target that cannot be written. Root may write to a folder whatever its mode says: there it is a /proc."""
+    if request.param == "file system":
+        with tmpfs(tmp_path / "mount", MIB) as folder:
+            run("mount", "-o", "remount,ro", str(folder))
+            yield folder / "copy"
+    elif request.param == "device":
+        backing = tmp_path / "device.img"
+        make_image(backing, SIZE)
+        with loop_device(backing) as device:
+            run("blockdev", "--setro", str(device))
+            yield device
+            run("blockdev", "--setrw", str(device))  # whoever gets the same device next does not find it so
+    elif IS_ROOT:
+        yield Path("/proc/copy")
+    else:
+        (tmp_path / "locked").mkdir(mode=0o500)
+        yield tmp_path / "locked" / "copy"
+
+
+def test_a_read_only_target_is_told_and_the_snapshot_is_untouched(server: ForkedServer, read_only: Path) -> None:
+    snapshot(server)
+    result = fleecing("pull", "vda@s", read_only, "--control", server.control, expect=1)
+    assert str(read_only) in result.stderr and len(result.stderr.splitlines()) == 1
+    assert trimmed(server) == 0
+
+
+def test_a_backup_into_a_folder_that_cannot_be_written_leaves_nothing(server: ForkedServer, tmp_path: Path) -> None:
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    (folder / "vda").write_text("no folder")
+    fleecing("backup", "vda", folder, "--control", server.control, expect=1)
+    fleecing("backup", "vda", "/proc/backups", "--control", server.control, expect=1)
+    control = ControlClient(str(server.control))
+    assert control.request("GET", "/v1/snapshots")["snapshots"] == []
+    assert control.request("GET", "/v1/checkpoints")["checkpoints"] == []
+
+
+@pytest.mark.parametrize("command", ["pull", "backup"])
+def test_a_target_folder_that_vanishes_is_told(server: ForkedServer, tmp_path: Path, command: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    snapshot(server)
+    words = ("pull", "vda@s", folder / "copy") if command == "pull" else ("backup", "vda", folder)
+    process = ForkedCommand(*words, "--control", server.control, "--bandwidth", "4M")
+    while process.process.is_alive() and not list(folder.rglob("*.part")):
+        pass
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    assert process.wait() == 1
+    last = process.said.splitlines()[-1]
+    assert last.startswith("Error: ") and str(folder) in last, process.said
+    assert not folder.exists() or not any(path.is_file() for path in folder.rglob("*.qcow2"))
+    if command == "backup":
+        backups = tmp_path / "other"
+        fleecing("backup", "vda", backups, "--control", server.control)
+        fleecing("verify", backups)
+
+
+if IS_ROOT:
+
+    def test_a_block_device_is_pulled_over_and_restored_over(server: ForkedServer, image: Path, tmp_path: Path) -> None:
+        """The device is larger, and full of something else."""
+        backing = tmp_path / "device.img"
+        old = make_image(backing, SIZE + MIB, seed=1)
+        snapshot(server)
+        fleecing("backup", "vda", tmp_path / "backups", "--control", server.control)
+        with loop_device(backing) as device:
+            fleecing("pull", "vda@s", device, "--control", server.control)
+            run("blockdev", "--flushbufs", str(device))
+            assert backing.read_bytes() == image.read_bytes() + old[SIZE:]
+            with backing.open("r+b") as file:
+                file.write(b"\xff" * SIZE)
+                os.fsync(file.fileno())
+            fleecing("restore", tmp_path / "backups" / "vda", device)
+            run("blockdev", "--flushbufs", str(device))
+            assert backing.read_bytes() == image.read_bytes() + old[SIZE:]
+
+    def test_a_device_that_is_too_small_is_told(server: ForkedServer, tmp_path: Path) -> None:
+        backing = tmp_path / "device.img"
+        make_image(backing, MIB)
+        snapshot(server)
+        with loop_device(backing) as device:
+            result = fleecing("pull", "vda@s", device, "--control", server.control, expect=1)
+        assert f"has {MIB} bytes, {SIZE} are needed" in result.stderr
+        assert trimmed(server) == 0
