@@ -15,6 +15,7 @@ import click
 from fleecing.cli.output import print_json
 from fleecing.cli.params import ADDRESS, CLUSTER_SIZE, NAME, SOCKET, json_option
 from fleecing.control import daemon
+from fleecing.control.activation import take_sockets
 from fleecing.control.config import ServerSettings, TcpAddress, make_settings, read_config
 from fleecing.control.names import clean_name
 from fleecing.units import format_size
@@ -65,23 +66,25 @@ def serve(
     flight are finished first, and the exit code is 0.
     """
     for_image = {"path": image, "format": image_format, "cluster-size": cluster_size}
+    inherited = take_sockets()
+    activated = bool(inherited.nbd)
     if config is not None:
         if image is not None or name is not None or any(value is not None for value in for_image.values()):
             raise click.UsageError(
                 "IMAGE, --name, --format and --cluster-size do not go with --config FILE: say it there."
             )
-        settings = read_config(config, _given(options))
+        settings = read_config(config, _given(options), activated=activated)
     elif image is None:
         raise click.UsageError("Name the IMAGE to serve, or a --config FILE.")
     else:
         disk = {name or clean_name(Path(image).stem): _given(for_image)}
-        settings = make_settings({"disk": disk, **_given(options)}, "command line")
+        settings = make_settings({"disk": disk, **_given(options)}, "command line", activated=activated)
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(asctime)s %(levelname)s %(message)s",
     )
-    daemon.run(settings, program=_program(), announce=lambda text: click.echo(text, err=True))
+    daemon.run(settings, program=_program(), announce=lambda text: click.echo(text, err=True), inherited=inherited)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,16 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from fleecing.control.fields import DEFAULT_CLUSTER, ClusterSize, Name
 from fleecing.control.paths import default_control_path, default_state_dir, default_unix_path
@@ -107,7 +116,9 @@ class ServerSettings(_Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_listeners(cls, data: Any) -> Any:
+    def _default_listeners(cls, data: Any, info: ValidationInfo) -> Any:
+        if info.context:  # systemd passes the listeners
+            return data
         if isinstance(data, dict) and not data.get("listen") and not data.get("unix"):
             return {**data, "listen": [f"127.0.0.1:{DEFAULT_PORT}"], "unix": [default_unix_path()]}
         return data
@@ -125,15 +136,18 @@ class ServerSettings(_Settings):
         return self
 
 
-def make_settings(values: dict[str, Any], source: str) -> ServerSettings:
-    """Settings from plain values. Raises ConfigError, one sentence, beginning with `source`."""
+def make_settings(values: dict[str, Any], source: str, *, activated: bool = False) -> ServerSettings:
+    """Settings from plain values. Raises ConfigError, one sentence, beginning with `source`.
+
+    `activated`: systemd passes listeners, so there are no default ones.
+    """
     try:
-        return ServerSettings.model_validate(values)
+        return ServerSettings.model_validate(values, context=activated)
     except ValidationError as e:
         raise ConfigError(f"{source}: {explain(e)}") from None
 
 
-def read_config(path: str, changes: dict[str, Any] | None = None) -> ServerSettings:
+def read_config(path: str, changes: dict[str, Any] | None = None, *, activated: bool = False) -> ServerSettings:
     """The settings of a TOML file; `changes` replace its top-level entries. Raises ConfigError.
 
     Relative paths in the file start at the file's folder, those in `changes` at the current one.
@@ -145,7 +159,7 @@ def read_config(path: str, changes: dict[str, Any] | None = None) -> ServerSetti
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ConfigError(f"configuration {path} is no TOML: {e}") from None
     _root_paths(values, os.path.dirname(os.path.abspath(path)))
-    return make_settings(values | (changes or {}), f"configuration {path}")
+    return make_settings(values | (changes or {}), f"configuration {path}", activated=activated)
 
 
 def _root_paths(values: dict[str, Any], folder: str) -> None:

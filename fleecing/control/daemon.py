@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import resource
 import signal
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -13,10 +15,12 @@ from contextlib import AsyncExitStack
 import uvloop
 from aiohttp import web
 
+from fleecing.control.activation import Inherited
 from fleecing.control.addresses import Addresses, paste_lines
 from fleecing.control.api import make_app
 from fleecing.control.config import ServerSettings
 from fleecing.control.manager import Manager
+from fleecing.control.notify import Notifier
 from fleecing.control.report import Reporter
 from fleecing.control.sockets import bind_tcp, bind_unix, remove_socket
 from fleecing.server.listener import MAX_CLIENTS, NbdServer
@@ -35,16 +39,23 @@ FREE_FILES = 256
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def run(settings: ServerSettings, *, program: str, announce: Callable[[str], None]) -> None:
+def run(
+    settings: ServerSettings,
+    *,
+    program: str,
+    announce: Callable[[str], None],
+    inherited: Inherited | None = None,
+) -> None:
     """Serve until a signal comes, then drain.
 
     `announce` gets the lines to paste once, when everything listens; `program` is what starts this program in a shell.
+    `inherited` sockets, which systemd keeps, are served besides those of the settings; the control socket goes first.
     Raises ConfigError where the server cannot start; then nothing of it is left.
     """
-    uvloop.run(_serve(settings, program, announce))
+    uvloop.run(_serve(settings, program, announce, inherited or Inherited()))
 
 
-async def _serve(settings: ServerSettings, program: str, announce: Callable[[str], None]) -> None:
+async def _serve(settings: ServerSettings, program: str, announce: Callable[[str], None], inherited: Inherited) -> None:
     loop = asyncio.get_running_loop()
     # Calls that wait for a slow disk must not hold up a status: the default is 4 more than there are CPUs.
     loop.set_default_executor(ThreadPoolExecutor(CALLS, "control"))
@@ -52,16 +63,36 @@ async def _serve(settings: ServerSettings, program: str, announce: Callable[[str
     for number in _SIGNALS:
         loop.add_signal_handler(number, stop.set)
     async with AsyncExitStack() as life:
+        notifier = Notifier()
+        life.callback(notifier.close)
         manager = await asyncio.to_thread(Manager, settings)
         life.push_async_callback(asyncio.to_thread, manager.close)
         server = NbdServer(manager, max_clients=_room_for_clients())
         life.push_async_callback(server.close, settings.drain_seconds)
-        addresses = _listen(settings, server, life)
-        await _start_control(settings, Reporter(manager, server, addresses), life)
+        addresses = _listen(settings, server, life, inherited)
+        await _start_control(settings, Reporter(manager, server, addresses), life, inherited)
         announce("\n".join([*paste_lines(list(manager.disks), addresses, program), READY]))
+        notifier.ready(_status(manager, server))
+        signs = loop.create_task(notifier.run(lambda: _status(manager, server)))
+        life.push_async_callback(_end, signs)  # signs of life are given until the last request has ended
+        life.callback(notifier.stopping)
         await stop.wait()
         log.info("stopping: requests in flight have %g s to end", settings.drain_seconds)
     log.info("stopped")
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _status(manager: Manager, server: NbdServer) -> str:
+    """What `systemctl status` shows. Reads lists only: it must not wait for a disk."""
+    snapshots = manager.snapshots()
+    broken = sum(s.node.broken is not None for s in snapshots)
+    clients = len(tuple(server.connections))
+    text = f"{len(manager.disks)} disks, {clients} clients, {len(snapshots)} snapshots"
+    return f"{text}, {broken} of them broken" if broken else text
 
 
 def _room_for_clients() -> int:
@@ -78,25 +109,39 @@ def _room_for_clients() -> int:
     return max(soft - FREE_FILES, soft // 4)
 
 
-def _listen(settings: ServerSettings, server: NbdServer, life: AsyncExitStack) -> Addresses:
+def _listen(settings: ServerSettings, server: NbdServer, life: AsyncExitStack, inherited: Inherited) -> Addresses:
     tcp = []
+    unix = []
+    for listener in inherited.nbd:
+        server.add_listener(listener)
+        if listener.family == socket.AF_UNIX:
+            unix.append(os.path.abspath(listener.getsockname()))
+        else:
+            tcp.append(listener.getsockname()[:2])
     for address in settings.listen:
         for listener in bind_tcp(address.host, address.port):
             server.add_listener(listener)
             tcp.append(listener.getsockname()[:2])
     for path in settings.unix:
-        server.add_listener(bind_unix(path))
-        life.callback(remove_socket, path)
-    addresses = Addresses(tuple(tcp), settings.unix, settings.control)
+        if not inherited.takes(path):
+            server.add_listener(bind_unix(path))
+            life.callback(remove_socket, path)
+            unix.append(path)
+    control = settings.control if inherited.control is None else os.path.abspath(inherited.control.getsockname())
+    addresses = Addresses(tuple(tcp), tuple(unix), control)
     log.info("NBD on %s", " and ".join(addresses.listeners()))
     return addresses
 
 
-async def _start_control(settings: ServerSettings, reporter: Reporter, life: AsyncExitStack) -> None:
-    listener = bind_unix(settings.control)
-    life.callback(remove_socket, settings.control)
+async def _start_control(
+    settings: ServerSettings, reporter: Reporter, life: AsyncExitStack, inherited: Inherited
+) -> None:
+    listener = inherited.control
+    if listener is None:
+        listener = bind_unix(settings.control)
+        life.callback(remove_socket, settings.control)
     runner = web.AppRunner(make_app(reporter), access_log=None, shutdown_timeout=settings.drain_seconds)
     await runner.setup()
     life.push_async_callback(runner.cleanup)
     await web.SockSite(runner, listener).start()
-    log.info("control socket %s", settings.control)
+    log.info("control socket %s", reporter.addresses.control)
