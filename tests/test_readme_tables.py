@@ -18,6 +18,7 @@ from fleecing.cli.main import main
 from fleecing.control import creation, manager, paths, sockets
 from fleecing.control.api import make_app
 from fleecing.control.config import DEFAULT_PORT, DiskSettings, ServerSettings
+from fleecing.control.jobs import Jobs
 from fleecing.control.models import DEFAULT_CBW_TIMEOUT
 from fleecing.control.names import NAME_RULE
 from fleecing.control.report import Reporter
@@ -88,7 +89,7 @@ def test_the_control_api_is_complete() -> None:
     class NoReporter:
         manager = None
 
-    routes = make_app(cast(Reporter, NoReporter())).router.routes()
+    routes = make_app(cast(Reporter, NoReporter()), cast(Jobs, None)).router.routes()
     known = {f"{route.method} {route.resource.canonical}" for route in routes if route.resource is not None}
     assert set(rows("Control API")) == {route for route in known if not route.startswith("HEAD")}
 

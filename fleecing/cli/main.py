@@ -14,6 +14,7 @@ from fleecing.cli.control_commands import disk, snapshot
 from fleecing.cli.demo import demo
 from fleecing.cli.map_command import map_
 from fleecing.cli.pull_command import pull_command
+from fleecing.cli.push_commands import job, push
 from fleecing.cli.serve import check_config, serve
 from fleecing.cli.status_command import status
 from fleecing.errors import FleecingError
@@ -60,5 +61,7 @@ def main() -> None:
 for command in (serve, check_config, snapshot, checkpoint, disk, status, map_, demo):
     main.add_command(command)
 main.add_command(pull_command)
+for command in (push, job):
+    main.add_command(command)
 for command in (backup, points, verify, restore, prune):
     main.add_command(command)

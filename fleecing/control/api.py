@@ -16,13 +16,17 @@ from aiohttp.typedefs import Handler
 from pydantic import BaseModel, ValidationError
 
 from fleecing.control.config import explain
+from fleecing.control.jobs import Jobs
 from fleecing.control.metrics import CONTENT_TYPE, Metrics
 from fleecing.control.models import (
     CheckpointList,
     Deleted,
     DiskList,
     ExtentPage,
+    JobInfo,
+    JobList,
     MapPage,
+    PushRequest,
     SnapshotInfo,
     SnapshotList,
     SnapshotRequest,
@@ -41,6 +45,7 @@ MAX_MAP_RUNS = 100_000
 """Runs that one answer of a map holds, about: some MiB of JSON."""
 
 _SNAPSHOT = "/v1/snapshots/{disk}@{name}"
+_JOB = "/v1/jobs/{id}"
 _CHECKPOINT = "/v1/checkpoints/{disk}@{name}"
 _PAGE_QUERY = (
     Parameter("offset", "bytes; where to start, 0 if not given"),
@@ -48,10 +53,10 @@ _PAGE_QUERY = (
 )
 
 
-def make_app(reporter: Reporter) -> web.Application:
+def make_app(reporter: Reporter, jobs: Jobs) -> web.Application:
     """The application that serves this reporter's manager."""
     app = web.Application(middlewares=[_errors_as_json], client_max_size=MAX_BODY)
-    api = _Api(reporter)
+    api = _Api(reporter, jobs)
     for route in api.routes:
         pattern = route.path.replace("{disk}@{name}", "{disk:[^/@]+}@{name:[^/]+}")
         app.router.add_route(route.method, pattern, route.handler)
@@ -59,7 +64,8 @@ def make_app(reporter: Reporter) -> web.Application:
 
 
 class _Api:
-    def __init__(self, reporter: Reporter) -> None:
+    def __init__(self, reporter: Reporter, jobs: Jobs) -> None:
+        self._jobs = jobs
         self._reporter = reporter
         self._manager = reporter.manager
         self._metrics = Metrics(reporter)
@@ -130,9 +136,45 @@ class _Api:
                 problems=(404, 409),
                 content_type="application/octet-stream",
             ),
+            *self._job_routes(),
             Route("GET", "/metrics", self.metrics, "Figures for Prometheus", None, content_type="text/plain"),
             Route("GET", "/openapi.json", self.openapi, "This document", None),
         )
+
+    def _job_routes(self) -> Sequence[Route]:
+        return (
+            Route("GET", "/v1/jobs", self.jobs, "All pushes since the start, the last ended ones", JobList),
+            Route(
+                "POST",
+                "/v1/jobs",
+                self.push,
+                "Copy a snapshot, or a disk as it is now, to a target",
+                JobInfo,
+                body=PushRequest,
+                status=201,
+                problems=(400, 404, 409, 503, 507),
+            ),
+            Route("GET", _JOB, self.show_job, "One push", JobInfo, problems=(400, 404)),
+            Route("DELETE", _JOB, self.cancel_job, "Stop a push; answers when it ended", JobInfo, problems=(400, 404)),
+        )
+
+    async def jobs(self, request: web.Request) -> web.Response:
+        return _answer(JobList(jobs=self._jobs.infos()))
+
+    async def push(self, request: web.Request) -> web.Response:
+        try:
+            wanted = PushRequest.model_validate_json(await request.read())
+        except ValidationError as e:
+            raise ControlError(400, explain(e)) from None
+        return _answer(await asyncio.to_thread(self._jobs.start, wanted), status=201)
+
+    async def show_job(self, request: web.Request) -> web.Response:
+        return _answer(self._jobs.get(request.match_info["id"]).info())
+
+    async def cancel_job(self, request: web.Request) -> web.Response:
+        job = self._jobs.get(request.match_info["id"])
+        await asyncio.to_thread(job.cancel)
+        return _answer(job.info())
 
     async def status(self, request: web.Request) -> web.Response:
         return _answer(await asyncio.to_thread(self._reporter.status))

@@ -19,6 +19,7 @@ from fleecing.control.activation import Inherited
 from fleecing.control.addresses import Addresses, paste_lines
 from fleecing.control.api import make_app
 from fleecing.control.config import ServerSettings
+from fleecing.control.jobs import Jobs
 from fleecing.control.manager import Manager
 from fleecing.control.notify import Notifier
 from fleecing.control.report import Reporter
@@ -70,7 +71,9 @@ async def _serve(settings: ServerSettings, program: str, announce: Callable[[str
         server = NbdServer(manager, max_clients=_room_for_clients())
         life.push_async_callback(server.close, settings.drain_seconds)
         addresses = _listen(settings, server, life, inherited)
-        await _start_control(settings, Reporter(manager, server, addresses), life, inherited)
+        jobs = await asyncio.to_thread(Jobs, manager, settings.state_dir)
+        life.push_async_callback(asyncio.to_thread, jobs.close)
+        await _start_control(settings, Reporter(manager, server, addresses), jobs, life, inherited)
         announce("\n".join([*paste_lines(list(manager.disks), addresses, program), READY]))
         notifier.ready(_status(manager, server))
         signs = loop.create_task(notifier.run(lambda: _status(manager, server)))
@@ -134,13 +137,13 @@ def _listen(settings: ServerSettings, server: NbdServer, life: AsyncExitStack, i
 
 
 async def _start_control(
-    settings: ServerSettings, reporter: Reporter, life: AsyncExitStack, inherited: Inherited
+    settings: ServerSettings, reporter: Reporter, jobs: Jobs, life: AsyncExitStack, inherited: Inherited
 ) -> None:
     listener = inherited.control
     if listener is None:
         listener = bind_unix(settings.control)
         life.callback(remove_socket, settings.control)
-    runner = web.AppRunner(make_app(reporter), access_log=None, shutdown_timeout=settings.drain_seconds)
+    runner = web.AppRunner(make_app(reporter, jobs), access_log=None, shutdown_timeout=settings.drain_seconds)
     await runner.setup()
     life.push_async_callback(runner.cleanup)
     await web.SockSite(runner, listener).start()

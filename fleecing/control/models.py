@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fleecing.block.copy_before_write import OnCbwError
-from fleecing.control.fields import Name, TempLimit
+from fleecing.control.fields import Name, Size, TempLimit
 from fleecing.control.state import SnapshotMode
+from fleecing.pull.destination import Format
 
 DEFAULT_CBW_TIMEOUT = 45.0
 """Seconds; below the 60 s after which guests' drivers reset the disk."""
@@ -78,6 +79,48 @@ class SnapshotRequest(_Model):
             if disks.count(disk) > 1:
                 raise ValueError(f"disk '{disk}' is named twice")
         return disks
+
+
+class JobState(StrEnum):
+    """RUNNING, or how it ended."""
+
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class PushRequest(_Model):
+    """Copy a snapshot, or a disk as it is at this moment, to a target that the server writes."""
+
+    source: str = Field(description="DISK@SNAPSHOT; DISK: a snapshot is made for it, and deleted in the end")
+    target: str = Field(description="absolute path of a new file or of a block device, or an NBD URI")
+    format: Format = Field(default=Format.RAW, description="of a new file")
+    compress: Literal["none", "deflate", "zstd"] = Field(default="none", description="clusters of a qcow2 file")
+    bandwidth: Size | None = Field(default=None, gt=0, description="most bytes a second")
+    trim: bool = Field(default=True, description="give up what the target has: temp space is free at once")
+
+
+class JobInfo(_Model):
+    """A push."""
+
+    id: int
+    source: str = Field(description="the snapshot's export name")
+    target: str
+    state: JobState
+    error: str | None
+    done: int = Field(description="bytes, zeroes among them")
+    total: int | None
+    data: int = Field(description="bytes that were read")
+    rate: int = Field(description="bytes of data a second")
+    started: datetime
+    ended: datetime | None
+
+
+class JobList(_Model):
+    """Pushes, the oldest first."""
+
+    jobs: list[JobInfo]
 
 
 class TempInfo(_Model):

@@ -22,7 +22,6 @@ from enum import Enum
 from threading import Condition, Event, Lock
 from typing import Final
 
-from fleecing.client.connection import Connection
 from fleecing.errors import BlockError, ImageError, ProtocolError, RequestError
 from fleecing.nbd.client_handshake import ExportRefused
 from fleecing.nbd.constants import NbdError, TransmissionFlag
@@ -32,7 +31,7 @@ from fleecing.pull.limiter import Bandwidth
 from fleecing.pull.plan import Piece, Plan
 from fleecing.pull.source import CLUSTER_STATE, Source
 from fleecing.pull.target import Target
-from fleecing.pull.worker import CheckCall, Worker
+from fleecing.pull.worker import AnyConnection, AnySource, CheckCall, Worker
 from fleecing.units import KiB, align_down
 
 __all__ = ["CLUSTER_STATE", "Check", "Progress", "PullOptions", "PullReport", "Trim", "pull"]
@@ -145,10 +144,24 @@ def pull(
     """
     options = options or PullOptions()
     source = Source(uri, timeout=options.timeout, bitmap=options.bitmap)
-    connections = [source.first]
+    return copy(source, open_target, options, journal=journal, progress=progress, interval=interval)
+
+
+def copy(
+    source: AnySource,
+    open_target: Callable[[int], Target],
+    options: PullOptions,
+    *,
+    journal: Journal | None = None,
+    progress: ProgressCall | None = None,
+    interval: float = 0.2,
+) -> PullReport:
+    """The same of a source that is open; it is closed in the end. Raises what its node does, where it is one."""
+    connections: list[AnyConnection] = [source.first]
     try:
         _connect_more(source, connections, options.connections)
         if journal is not None:
+            assert isinstance(source, Source), "what is copied inside the server is not resumed"
             _begin(journal, source, options)
         target = open_target(source.size)
         try:
@@ -165,7 +178,7 @@ def pull(
     return report
 
 
-def _connect_more(source: Source, connections: list[Connection], wanted: int) -> None:
+def _connect_more(source: AnySource, connections: list[AnyConnection], wanted: int) -> None:
     """As many as the export can share and the server takes; the first one alone will do."""
     while source.may_share and len(connections) < wanted:
         try:
@@ -201,8 +214,8 @@ class _Pull:
 
     def __init__(
         self,
-        source: Source,
-        connections: list[Connection],
+        source: AnySource,
+        connections: list[AnyConnection],
         target: Target,
         journal: Journal | None,
         options: PullOptions,
@@ -308,7 +321,7 @@ class _Pull:
 
     # Called by the workers
 
-    def adopt(self, old: Connection, new: Connection) -> None:
+    def adopt(self, old: AnyConnection, new: AnyConnection) -> None:
         """`new` takes the place of `old`; when the pull has been stopped meanwhile, it is cut at once."""
         old.close()
         with self._lock:
@@ -338,7 +351,7 @@ class _Pull:
             self._trimmed += piece.length
 
 
-def _cluster(connection: Connection, target: Target) -> int:
+def _cluster(connection: AnyConnection, target: Target) -> int:
     """Bytes of the smallest piece: a cluster of the server, if it can be had at once, and what the target needs."""
     most = align_down(connection.maximum_payload, connection.minimum_block)
     cluster = max(min(connection.preferred_block, most), target.granularity)
@@ -365,7 +378,7 @@ def _compare(journal: Journal, target: Target, check: CheckCall | None) -> None:
             journal.forget(piece.offset)
 
 
-def _may_trim(source: Source, trim: Trim) -> bool:
+def _may_trim(source: AnySource, trim: Trim) -> bool:
     can = source.first.can(TransmissionFlag.SEND_TRIM)
     if trim is Trim.SNAPSHOT:
         return source.is_snapshot and can

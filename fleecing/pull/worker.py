@@ -19,6 +19,7 @@ from fleecing.nbd.client_handshake import ExportRefused
 from fleecing.nbd.constants import Cmd, NbdError
 from fleecing.pull.journal import NO_CHECK
 from fleecing.pull.limiter import Bandwidth
+from fleecing.pull.node_source import NodeConnection, NodeSource
 from fleecing.pull.plan import Piece, Plan, StatusCall
 from fleecing.pull.source import Source
 from fleecing.pull.target import Target
@@ -29,6 +30,10 @@ _FIRST_DELAY, _LAST_DELAY = 0.05, 2.0
 """Seconds between attempts to connect again; each is twice the one before."""
 
 
+AnyConnection = Connection | NodeConnection
+AnySource = Source | NodeSource
+"""An export over NBD, or a snapshot's node inside the server."""
+
 CheckCall = Callable[[memoryview], bytes]
 """The checksum of a piece's bytes."""
 
@@ -36,7 +41,7 @@ CheckCall = Callable[[memoryview], bytes]
 class Shared(Protocol):
     """What the workers of a pull have in common."""
 
-    source: Source
+    source: AnySource
     target: Target
     plan: Plan
     trims: bool
@@ -48,7 +53,7 @@ class Shared(Protocol):
     changed: Condition
     stopped: Event
 
-    def adopt(self, old: Connection, new: Connection) -> None:
+    def adopt(self, old: AnyConnection, new: AnyConnection) -> None:
         """`new` takes the place of `old`."""
 
     def kept(self, piece: Piece, check: bytes) -> None:
@@ -61,10 +66,10 @@ class Shared(Protocol):
 class Worker:
     """Works until nothing is left to do; raises the first error that another connection does not mend."""
 
-    def __init__(self, shared: Shared, connection: Connection) -> None:
+    def __init__(self, shared: Shared, connection: AnyConnection) -> None:
         self._shared = shared
         self._connection = connection
-        self._ask: StatusCall | None = shared.source.status_call(connection)
+        self._ask = _status_call(shared.source, connection)
         self._buffers = [bytearray(shared.piece) for _ in range(shared.depth)]
         self._on_the_way: dict[int, tuple[Piece, bytearray]] = {}
         self._lost_at: float | None = None
@@ -179,7 +184,7 @@ class Worker:
             self._lost_at = now
         deadline = self._lost_at + shared.reconnect
         delay = _FIRST_DELAY
-        connection: Connection | None = None
+        connection: AnyConnection | None = None
         while connection is None:
             if shared.stopped.wait(min(delay, max(0.0, deadline - time.monotonic()))):
                 raise cause
@@ -196,4 +201,11 @@ class Worker:
             delay = min(2 * delay, _LAST_DELAY)
         shared.adopt(self._connection, connection)
         self._connection = connection
-        self._ask = shared.source.status_call(connection)
+        self._ask = _status_call(shared.source, connection)
+
+
+def _status_call(source: AnySource, connection: AnyConnection) -> StatusCall | None:
+    if isinstance(connection, NodeConnection):
+        return connection.status
+    assert isinstance(source, Source)
+    return source.status_call(connection)

@@ -206,6 +206,10 @@ def test_the_document_describes_every_call_and_resolves(server: Server) -> None:
         ("get", "/v1/checkpoints/{disk}@{name}/extents"),
         ("get", "/v1/checkpoints/{disk}@{name}/bitmap"),
         ("get", "/metrics"),
+        ("get", "/v1/jobs"),
+        ("post", "/v1/jobs"),
+        ("get", "/v1/jobs/{id}"),
+        ("delete", "/v1/jobs/{id}"),
         ("get", "/openapi.json"),
     }
     for reference in re.findall(r'"\$ref": "([^"]*)"', json.dumps(document)):
