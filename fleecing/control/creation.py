@@ -91,7 +91,7 @@ class Creation:
         names = tuple(disk.name for disk in self._disks)
         content = CreationRecord(disks=names, snapshot=self._name, checkpoint=self._request.checkpoint)
         with _blaming(f"state folder {self._state_dir}", self._name):
-            write_json(self._path, content)
+            write_json(self._path, content, draft=_draft(self._disks[0]))
         try:
             made = self._make(parts)
             with _blaming(f"state folder {self._state_dir}", self._name):
@@ -275,7 +275,14 @@ def forget_unfinished(state_dir: str, disks: Mapping[str, Disk]) -> None:
         if not others:
             remove(path)
         elif len(others) < len(record.disks):
-            write_json(path, record.model_copy(update={"disks": others}))
+            ours = next(disks[name] for name in record.disks if name in disks)
+            write_json(path, record.model_copy(update={"disks": others}), draft=_draft(ours))
+
+
+def _draft(disk: Disk) -> str:
+    """Where a record is made. A kill may leave it there, where the next one takes its place; the folder of all disks
+    is shared by servers, none of which could tell whose draft it found."""
+    return os.path.join(disk.folder.path, "creation.json.new")
 
 
 def _check_image(disk: Disk) -> None:

@@ -114,9 +114,12 @@ class CreationRecord(Kept):
 AnyKept = TypeVar("AnyKept", bound=Kept)
 
 
-def write_json(path: str, content: Kept) -> None:
-    """Put it in the place of what is there. Raises OSError; then the old file is as it was."""
-    temp = f"{path}.new"
+def write_json(path: str, content: Kept, *, draft: str | None = None) -> None:
+    """Put it in the place of what is there. Raises OSError; then the old file is as it was.
+
+    `draft` is where the file is made first, on the same file system; else that is beside it. A kill may leave it there.
+    """
+    temp = draft or f"{path}.new"
     fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(fd, "wb") as file:
