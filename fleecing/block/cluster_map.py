@@ -104,7 +104,10 @@ class ClusterMap:
                 if self.durable:
                     sync_note(self.trimmed)
             self.broken = cause
-        self._on_broken(cause)
+        # Called once. Who is told holds this map: without the way back both go, and with them the descriptors and the
+        # space of the bit files, when the last user lets go, and not only when a search for circles comes by.
+        on_broken, self._on_broken = self._on_broken, _told_already
+        on_broken(cause)
 
     def needs_copy(self, offset: int, length: int) -> bool:
         """Whether a change of these bytes must save a cluster first. One look, no lock."""
@@ -158,3 +161,7 @@ class ClusterMap:
             ClusterState.TRIMMED: in_scope - readable,
             ClusterState.NOT_IN_BITMAP: self.count - in_scope,
         }
+
+
+def _told_already(cause: str) -> None:
+    raise AssertionError(f"a snapshot breaks once, and this is the second time: {cause}")

@@ -81,15 +81,13 @@ class GroupCommit(Generic[Item]):
                 batch.over.set()
 
 
-class Durability:
-    """The files of one durable snapshot, and when they are synced."""
+class _Files:
+    """What is synced. It knows nothing of those who ask for it, so that it goes when the last of them does."""
 
     def __init__(self, temp: TempImage, copied: BitFile, trimmed: BitFile) -> None:
-        self._temp = temp
-        self._copied = copied
-        self._trimmed = trimmed
-        self._copies = GroupCommit(self._commit)
-        self._trims = Flusher(self._sync_trimmed, name=trimmed.path)
+        self.temp = temp
+        self.copied = copied
+        self.trimmed = trimmed
         # Why nothing can be made durable any more. A sync that failed may have dropped what it was to write, and the
         # next one would not tell: so the first failure is for good, in the next process, too.
         self._failed: OSError | None = None
@@ -98,6 +96,45 @@ class Durability:
         """Raise the error after which nothing could be made durable any more."""
         if self._failed is not None:
             raise self._failed
+
+    def commit(self, batch: list[Runs]) -> None:
+        """The data and the tables first, then the bits that say so."""
+        self.check()
+        try:
+            self.temp.sync()
+            for runs in batch:
+                for first, count in runs:
+                    self.copied.bits[first : first + count] = 1
+            self.copied.sync()
+        except OSError as e:
+            self._fail(e)
+            raise
+
+    def sync_trimmed(self) -> None:
+        """Make the bits of what is trimmed durable."""
+        self.check()
+        try:
+            self.trimmed.sync()
+        except OSError as e:
+            self._fail(e)
+            raise
+
+    def _fail(self, error: OSError) -> None:
+        self._failed = error
+        self.copied.note = f"the snapshot's files could not be made durable: {error.strerror}"
+
+
+class Durability:
+    """The files of one durable snapshot, and when they are synced."""
+
+    def __init__(self, temp: TempImage, copied: BitFile, trimmed: BitFile) -> None:
+        self._files = _Files(temp, copied, trimmed)
+        self._copies = GroupCommit(self._files.commit)
+        self._trims = Flusher(self._files.sync_trimmed, name=trimmed.path)
+
+    def check(self) -> None:
+        """Raise the error after which nothing could be made durable any more."""
+        self._files.check()
 
     def commit(self, runs: Runs) -> None:
         """Make the copies of these clusters durable; all of them are linked in temp.
@@ -110,45 +147,21 @@ class Durability:
         """Call `done` when what is set in trimmed.bits now is durable, or with the error. Returns at once."""
         self._trims.submit(done)
 
-    def _commit(self, batch: list[Runs]) -> None:
-        self.check()
-        try:
-            self._temp.sync()
-            for runs in batch:
-                for first, count in runs:
-                    self._copied.bits[first : first + count] = 1
-            self._copied.sync()
-        except OSError as e:
-            self._fail(e)
-            raise
-
-    def _sync_trimmed(self) -> None:
-        self.check()
-        try:
-            self._trimmed.sync()
-        except OSError as e:
-            self._fail(e)
-            raise
-
-    def _fail(self, error: OSError) -> None:
-        self._failed = error
-        self._copied.note = f"the snapshot's files could not be made durable: {error.strerror}"
-
     def sync(self) -> None:
         """Make everything durable, for another process to go on with. Raises OSError."""
         self.check()
-        self._temp.sync()
-        self._trimmed.sync()
-        self._copied.sync()
+        self._files.temp.sync()
+        self._files.trimmed.sync()
+        self._files.copied.sync()
 
     def close(self, timeout: float) -> None:
         """Answer the trims that wait, for `timeout` seconds at most, and give the file of copied.bits back."""
         self._trims.close(timeout)
-        self._copied.close()
+        self._files.copied.close()
 
     def remove(self) -> None:
         """Take the file of copied.bits away."""
-        self._copied.remove()
+        self._files.copied.remove()
 
 
 def sync_note(file: BitFile) -> None:

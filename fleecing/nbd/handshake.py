@@ -31,7 +31,6 @@ from fleecing.nbd.constants import (
     IHAVEOPT,
     MAX_STRING,
     NBDMAGIC,
-    READ_ONCE,
     ZERO_PADDING,
     ClientFlag,
     HandshakeFlag,
@@ -111,7 +110,6 @@ class Agreement:
             contexts=bool(self.contexts),
             minimum_block=self.export.minimum_block,
             writable=self.export.writable,
-            read_once=any(name == READ_ONCE for _, name in self.contexts),
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,6 +140,26 @@ def test_deleting_again_says_that_there_was_none(manager: Manager) -> None:
     assert not manager.delete("vda", "s")
     with pytest.raises(ControlError, match="no disk 'vdc'"):
         manager.delete("vdc", "s")
+
+
+def open_files_of(folder: Path) -> list[str]:
+    """Files below the folder that this process has open or mapped, those that are deleted, too."""
+    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    names = [os.readlink(link) for link in links if os.path.islink(link)]
+    return sorted(name for name in names if name.startswith(f"{folder}/"))
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_deletion_gives_all_files_back_at_once(manager: Manager, tmp_path: Path, durable: bool) -> None:
+    before = open_files_of(tmp_path)
+    gc.disable()  # what only it would free stays for hours in a server that has little to do
+    try:
+        manager.create(SnapshotRequest(disks=["vda", "vdb"], name="s", durable=durable))
+        manager.disks["vda"].node.write(0, b"\2" * MiB)
+        assert manager.delete("vda", "s") and manager.delete("vdb", "s")
+        assert open_files_of(tmp_path) == before
+    finally:
+        gc.enable()
 
 
 def test_deletions_at_once_all_wait_for_the_one_that_works(manager: Manager, tmp_path: Path) -> None:
