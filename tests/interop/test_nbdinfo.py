@@ -59,8 +59,7 @@ def test_the_active_disk_offers_all_that_a_disk_can(server: Server) -> None:
 
 def test_a_snapshot_offers_trim_and_no_zeroing(server: Server) -> None:
     want = COMMON | {"export-name": "vda@s", "can_zero": False, "can_fast_zero": False}
-    contexts = ["base:allocation", "qemu:allocation-depth", "fleecing:cluster-state", "fleecing:read-once"]
-    want["contexts"] = contexts
+    want["contexts"] = ["base:allocation", "qemu:allocation-depth", "fleecing:cluster-state"]
     server.snapshot(name="s")
     for tcp in (False, True):
         found = info(server.uri("vda@s", tcp=tcp))

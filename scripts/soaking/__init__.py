@@ -1,0 +1,1 @@
+"""./scripts/soak: a real server at work for a while."""

@@ -1,0 +1,35 @@
+"""A short soak, and what it holds the resources to."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+
+import pytest
+
+from fleecing.units import MiB
+from scripts.soaking.gauges import Sample, grown
+from tests.peers import describe, run_any
+from tests.serving import ROOT
+
+LEVEL = Sample(memory=80 * MiB, descriptors=30, threads=20, disk=40960, files=10)
+
+
+def test_twenty_seconds_leave_all_data_right_and_nothing_behind() -> None:
+    with tempfile.TemporaryDirectory(prefix="soak") as folder:  # short: sockets are in it
+        result = run_any(
+            str(ROOT / "scripts" / "soak"), "--minutes", "0.3", "--every", "1", "--scratch", folder, deadline=110
+        )
+    assert result.returncode == 0, describe(result)
+    assert "all data right" in result.stderr
+
+
+def test_what_comes_back_to_its_level_is_no_growth() -> None:
+    assert grown(LEVEL, LEVEL) == []
+    assert grown(LEVEL, replace(LEVEL, memory=90 * MiB, threads=22)) == []
+
+
+@pytest.mark.parametrize("what", ["memory", "descriptors", "threads", "disk", "files"])
+def test_each_resource_is_held_to_its_level(what: str) -> None:
+    (problem,) = grown(LEVEL, replace(LEVEL, **{what: 2 * getattr(LEVEL, what)}))
+    assert problem.startswith(f"{what} went from")
