@@ -84,27 +84,35 @@ class BlockCopy:
         self._idle = threading.Condition(clusters.lock)
         self._task_clusters = max(1, MAX_TASK >> clusters.shift)
 
-    def save(self, first: int, end: int, deadline: float = NO_DEADLINE) -> None:
-        """Return when no cluster of [first, end) has to be saved any more, or the snapshot is broken.
+    def save(self, first: int, end: int, deadline: float = NO_DEADLINE, *, waiting: bool = True) -> bool:
+        """Return True when no cluster of [first, end) has to be saved any more, or the snapshot is broken.
+
+        Without `waiting`, False as soon as that takes a wait: for a disk, for a sync, for another's task.
 
         Raises what the copy failed with (OSError, BlockError), and OSError(ETIMEDOUT) where another's task is not
         over at `deadline` (time.monotonic). Bits of clusters that were not saved stay set.
         """
         clusters = self.clusters
+        if not waiting and self.durability is not None:
+            return False
         while clusters.broken is None:
             with clusters.lock:
                 first = clusters.copy.find(1, first, end)
                 if first < 0:
-                    return
+                    return True
                 task = self._in_the_way(first)
                 own = task is None
                 if task is None:
                     task = _Task(first, self._end_of_task(first, end))
                     self._tasks.append(task)
             if own:
-                self._run(task)
+                if not self._run(task, waiting=waiting):
+                    return False
+            elif not waiting:
+                return False
             elif not task.wait(deadline):
                 raise TimeoutError(errno.ETIMEDOUT, "temp did not take a copy in time")
+        return True
 
     def _in_the_way(self, cluster: int) -> _Task | None:
         """The task to wait for before this cluster can be saved."""
@@ -121,15 +129,16 @@ class BlockCopy:
         stop = self.clusters.copy.find(0, first, end)
         return end if stop < 0 else stop
 
-    def _run(self, task: _Task) -> None:
+    def _run(self, task: _Task, *, waiting: bool) -> bool:
+        """Save the task's run, or its beginning; False where it would have to be read from a disk without `waiting`."""
         try:
             if self.durability is not None:
                 self.durability.check()
             # A long run may be a hole, of any length; then nothing needs reading.
             if task.end - task.first > self._task_clusters and self._save_hole(task):
-                return
+                return True
             task.end = min(task.end, task.first + self._task_clusters)
-            self._save_data(task)
+            return self._save_data(task, waiting=waiting)
         finally:
             with self.clusters.lock:
                 self._tasks.remove(task)
@@ -148,14 +157,17 @@ class BlockCopy:
         self._link([(task.first, stop - task.first, 0)])
         return True
 
-    def _save_data(self, task: _Task) -> None:
+    def _save_data(self, task: _Task, *, waiting: bool) -> bool:
         cluster_size = self.clusters.cluster_size
         count = task.end - task.first
         buffer = _buffer(max(MAX_TASK, cluster_size))
         offset = task.first * cluster_size
         length = min(task.end * cluster_size, self.clusters.size) - offset
         with memoryview(buffer) as view:
-            self.source.read_into(offset, view[:length])
+            if waiting:
+                self.source.read_into(offset, view[:length])
+            elif not self.source.read_cached(offset, view[:length]):
+                return self._save_hole(task)  # no page of it is in memory where nothing is on the disk either
             if length < count * cluster_size:  # the short tail cluster of the image
                 view[length : count * cluster_size] = bytes(count * cluster_size - length)
             pieces = self._place(task.first, count, buffer)
@@ -168,6 +180,7 @@ class BlockCopy:
                 self.target.release([(host, clusters) for _, clusters, host in pieces if host])
                 raise
         self._link(pieces)
+        return True
 
     def _place(self, first: int, count: int, buffer: bytearray) -> list[tuple[int, int, int]]:
         """(first cluster, clusters, host offset) for each run, with space in temp for what is not zero; zeroes: 0."""

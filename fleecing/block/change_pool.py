@@ -1,9 +1,9 @@
-"""Threads for guest changes that have something to save first, and a watch over their time.
+"""Threads for guest changes that have to wait, and a watch over everybody's time.
 
-A connection's own thread serves what is quick. A change that must wait for a copy is handed over here, so that a slow
-temp holds up neither the other requests of that connection nor, beyond its deadline, the change itself: a thread that
-hangs in a call to the operating system cannot be woken, so the watch takes the change away from it, gives it to a
-fresh thread, and lets the old one go when its call comes back.
+A connection's own thread serves what is quick, also a copy from memory to memory. A change that must wait is handed
+over here, so that it holds up no other request of that connection. And no slow temp holds a change up beyond its
+deadline: a thread that hangs in a call to the operating system cannot be woken, so the watch takes the change away from
+it, gives it to a fresh thread, and lets the old one go when its call comes back.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ log = logging.getLogger(__name__)
 
 WATCH_INTERVAL = 0.2
 """Seconds between two looks at the deadlines: how much later than its deadline a change may be taken over."""
+
+
+class Superseded(BaseException):
+    """Another thread goes on in the place of this one, which must touch nothing any more and end."""
 
 
 class Change:
@@ -45,14 +49,23 @@ class Change:
 
 
 class Attempt:
-    """One thread's try at a change. Whoever takes it, worker or watch, goes on with the change; the other does not."""
+    """One thread's try at a change. Whoever takes it, thread or watch, goes on with the change; the other does not.
 
-    __slots__ = ("_ticket", "change", "thread")
+    `replace` puts another thread in the place of one that hangs. `deadline` (time.monotonic) is when that is done, None
+    = the change's own.
+    """
 
-    def __init__(self, change: Change, thread: threading.Thread) -> None:
+    __slots__ = ("_ticket", "change", "deadline", "replace")
+
+    def __init__(self, change: Change, replace: Callable[[], None], deadline: float | None = None) -> None:
         self.change = change
-        self.thread = thread
+        self.replace = replace
+        self.deadline = deadline
         self._ticket = [True]
+
+    def is_due(self, now: float) -> bool:
+        """Whether its thread has had the time that it may take."""
+        return now >= (self.change.deadline if self.deadline is None else self.deadline)
 
     def take(self) -> bool:
         """True for the first caller only (a list's pop is one step under the GIL)."""
@@ -81,6 +94,8 @@ class ChangePool:
         self._queue: SimpleQueue[Change | None] = SimpleQueue()
         self._pending: set[Change] = set()  # submitted and not over
         self._running: set[Attempt] = set()
+        self._hanging: set[Attempt] = set()  # taken from their threads, which have not come back
+        self._taking = threading.Lock()  # held by the watch while it takes an attempt away
         self._start_lock = threading.Lock()
         self._threads: list[threading.Thread] = []  # that do not hang; under _start_lock
         self._busy = threading.Event()
@@ -94,6 +109,30 @@ class ChangePool:
         self._queue.put(change)
         if not self._busy.is_set():
             self._busy.set()
+
+    # A thread that is not the pool's.
+
+    @property
+    def hangs(self) -> bool:
+        """Whether a thread has lost its change and not come back yet."""
+        return bool(self._hanging)
+
+    def begin(self, attempt: Attempt) -> None:
+        """The calling thread tries this itself, under the eyes of the watch."""
+        if not self._threads:
+            self._start()
+        self._running.add(attempt)
+        if not self._busy.is_set():
+            self._busy.set()
+
+    def end(self, attempt: Attempt) -> None:
+        """It has saved what there is to save. Raises Superseded where the watch has taken the change away meanwhile."""
+        if attempt.take():
+            self._running.discard(attempt)
+            return
+        with self._taking:  # until the watch is through with it
+            self._hanging.discard(attempt)
+        raise Superseded
 
     def grow(self, workers: int) -> None:
         """Have at least so many threads from now on."""
@@ -129,35 +168,45 @@ class ChangePool:
         thread.start()
 
     def _work(self) -> None:
+        thread = threading.current_thread()
         while (change := self._queue.get()) is not None:
-            attempt = Attempt(change, threading.current_thread())
+            attempt = Attempt(change, lambda: self._replace(thread))
             self._running.add(attempt)
-            was_ours = self._perform(attempt)
-            self._running.discard(attempt)
-            if not was_ours:  # another thread has this one's place
+            if not self._perform(attempt):  # another thread has this one's place
+                with self._taking:
+                    self._hanging.discard(attempt)
                 return
+            self._running.discard(attempt)
             self._pending.discard(change)
+
+    def _replace(self, thread: threading.Thread) -> None:
+        """A worker hangs: have another in its place."""
+        with self._start_lock:
+            self._threads.remove(thread)
+            self._start_worker()
 
     def _watch(self) -> None:
         while not self._stopped.is_set():
             self._busy.wait()
-            if not self._pending:
-                self._busy.clear()
-                if self._pending:  # submitted between the look and the clear
-                    self._busy.set()
-                continue
-            self._stopped.wait(WATCH_INTERVAL)
+            self._stopped.wait(WATCH_INTERVAL)  # first of all: with a change at a time this is woken once an interval
             now = time.monotonic()
             for attempt in list(self._running):
-                if now >= attempt.change.deadline and attempt.take():
-                    self._take_over(attempt)
+                if attempt.is_due(now):
+                    with self._taking:
+                        if attempt.take():
+                            self._take_over(attempt)
+            if not self._pending and not self._running:
+                self._busy.clear()
+                if self._pending or self._running:  # come between the look and the clear
+                    self._busy.set()
 
     def _take_over(self, attempt: Attempt) -> None:
         """The thread of this attempt hangs: have another in its place, and the change answered or tried again."""
-        log.warning("%s: a guest change waits for a copy beyond its time: taken over", self._name)
-        with self._start_lock:
-            self._threads.remove(attempt.thread)
-            self._start_worker()
+        if attempt.deadline is None:
+            log.warning("%s: a guest change waits for a copy beyond its time: taken over", self._name)
+        self._hanging.add(attempt)
+        self._pending.add(attempt.change)
+        attempt.replace()
         self._running.discard(attempt)
         if self._expired(attempt):
             self._queue.put(attempt.change)

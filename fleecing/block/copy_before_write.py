@@ -4,7 +4,9 @@
     guest read   -------------------------------------------------------------> read the image
 
 A write that has nothing to save is done by the caller's thread (`write_now`): a look at each snapshot's `copy` bits,
-and no lock. Everything else goes to the pool (`submit_*`), which answers through a callback.
+and no lock. So is one whose copies go from memory to memory (`write_saving`): four threads that hand the interpreter to
+each other at every system call do a third of what one does alone (4.5 k writes of 4 KiB a second instead of 12.2 k).
+Everything else goes to the pool (`submit_*`), which answers through a callback.
 
 What happens when saving fails or takes too long is the snapshot's own `on_cbw_error`: `break-snapshot` gives up the
 snapshot and lets the guest go on, `break-guest-write` gives the guest the error and keeps the snapshot.
@@ -37,6 +39,9 @@ DURABLE_WORKERS = 16
 
 SKIP_HOLES_FROM = MiB
 """Bytes from which on a trim or zeroing looks for holes first: what reads as zeroes already need not be saved."""
+
+PATIENCE = 0.25
+"""Seconds after which a connection's own thread counts as hanging in a copy, and another serves the connection."""
 
 MAX_RANGES = 256
 """Ranges that such a look cuts a change into at most."""
@@ -120,6 +125,41 @@ class CopyBeforeWrite(Node):
         finally:
             gate.leave(token)
         return True
+
+    def write_saving(self, offset: int, data: memoryview, hand_over: Callable[[], Done]) -> bool:
+        """Save what `data` overwrites and write it, if that takes no waiting; else change nothing, return False.
+
+        Where it takes PATIENCE seconds after all, `hand_over` is called, by another thread: it has a fresh thread do
+        whatever the caller's has to do after this write, and returns whom to tell when the write is over. `data` was
+        copied before. The caller's thread, when it comes back, gets Superseded.
+        """
+        if self._pool.hangs:
+            return False
+
+        def replace() -> None:
+            held = bytes(data)
+            change.apply = lambda: self.file.write(offset, held)
+            change.done = hand_over()
+
+        now = time.monotonic()
+        length = len(data)
+        change = Change([(offset, length)], _nothing, _nobody, now, self._deadline(now, now))
+        attempt = Attempt(change, replace, min(now + PATIENCE, change.deadline))
+        if not self.gate.try_enter(attempt):
+            return False
+        try:
+            self._pool.begin(attempt)
+            try:
+                ready = self.tracker is None or self.tracker.record_now(offset, length)
+                for snapshot in self.snapshots:
+                    ready = ready and self._save(snapshot, offset, length, change.deadline, waiting=False)
+            finally:
+                self._pool.end(attempt)
+            if ready:
+                self.file.write(offset, data)
+            return ready
+        finally:
+            self.gate.leave(attempt)
 
     def submit_write(self, offset: int, data: Buffer, done: Done) -> None:
         """Save what `data` overwrites, write it, call `done`. `data` must stay as it is until then."""
@@ -208,19 +248,22 @@ class CopyBeforeWrite(Node):
         return True
 
     @staticmethod
-    def _save(snapshot: Saved, offset: int, length: int, deadline: float) -> None:
+    def _save(snapshot: Saved, offset: int, length: int, deadline: float, *, waiting: bool = True) -> bool:
+        """False where something is left to save because it takes waiting, with `waiting` off."""
         clusters = snapshot.clusters
         if clusters.broken is not None or not clusters.needs_copy(offset, length):
-            return
+            return True
         try:
-            snapshot.copier.save(*clusters_touched(offset, length, clusters.cluster_size), deadline)
+            touched = clusters_touched(offset, length, clusters.cluster_size)
+            return snapshot.copier.save(*touched, deadline, waiting=waiting)
         except Exception as e:
             if not clusters.needs_copy(offset, length):
-                return  # all that failed was trimmed meanwhile: nobody needs it
+                return True  # all that failed was trimmed meanwhile: nobody needs it
             if snapshot.on_cbw_error is OnCbwError.BREAK_GUEST_WRITE:
                 raise
             overdue = isinstance(e, TimeoutError)  # it waited for another change's copy
             clusters.break_(_overdue(snapshot) if overdue else f"copy before a guest write failed: {_reason(e)}")
+            return True
 
     def _expired(self, attempt: Attempt) -> bool:
         """The change is overdue. Give up the snapshots that it waits for and try again, or give up the change."""
@@ -259,6 +302,14 @@ class CopyBeforeWrite(Node):
         self._pool.close(timeout)
         self._flusher.close(timeout)
         self.file.close()
+
+
+def _nothing() -> None:
+    """What a change does that its own thread applies."""
+
+
+def _nobody(error: Exception | None) -> None:
+    """Whom such a change tells its end."""
 
 
 def _overdue(snapshot: Saved) -> str:

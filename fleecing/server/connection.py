@@ -4,9 +4,13 @@ One receive takes all that is there. All whole requests in it are served in orde
 together; then comes the next receive. So a client that sends one request at a time pays one receive and one send a
 request, and one with many in flight shares them.
 
-    quick     READ, a WRITE with nothing to save first, BLOCK_STATUS, TRIM of a snapshot     here, in order
-    waiting   FLUSH, FUA, a WRITE that a snapshot must be saved for, TRIM, WRITE_ZEROES      in other threads;
+    quick     READ, a WRITE with nothing to save first or from memory only, BLOCK_STATUS,
+              TRIM of a snapshot                                                     here, in order
+    waiting   FLUSH, FUA, a WRITE that waits for a disk, TRIM, WRITE_ZEROES          in other threads;
               they answer when they are done, in any order, and hold up nobody here
+
+Where a quick one hangs after all, in a temp that takes no copy, a fresh thread serves the connection from the next
+request on, and the old one ends when its call comes back (`Superseded`).
 
 A READ goes straight into the memory that is sent, behind the place of its header. It must be copied there: pages of the
 active image handed to the socket by reference (sendfile, splice) would show later guest writes.
@@ -22,6 +26,7 @@ import socket
 import threading
 from collections.abc import Callable
 
+from fleecing.block.change_pool import Superseded
 from fleecing.errors import ProtocolError
 from fleecing.nbd.constants import EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, Cmd, ReplyMode
 from fleecing.nbd.handshake import Agreement
@@ -70,12 +75,13 @@ class Connection:
         self._size = agreement.export.size
         self._on_close = on_close
         self._out = Outbox(sock)
-        self._service = Service(agreement, export, self._out, budget)
+        self._service = Service(agreement, export, self._out, budget, self._hand_over)
         self._buffer = bytearray(RECEIVE_SIZE)
         self._view = memoryview(self._buffer)
         self._view[: len(leftover)] = leftover
         self._cold: list[tuple[int, int, int]] = []  # cookie, offset, length
         self._start, self._end = 0, len(leftover)  # what is received and not served yet
+        # The one that serves; replaced by the watch of the block layer's pool while it hangs.
         self._thread = threading.Thread(target=self._run, name=f"nbd {peer}", daemon=True)
 
     @property
@@ -116,6 +122,21 @@ class Connection:
 
     def _run(self) -> None:
         self.export.retain()
+        self._go_on()
+
+    def _hand_over(self) -> None:
+        """Have a fresh thread go on behind the request in which this connection's thread hangs."""
+        thread = threading.Thread(target=self._go_on, name=f"nbd {self.peer}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as e:  # none to be had: the one that hangs closes the connection when it is back
+            log.warning("client %s of %s dropped: %s", self.peer, self.export_name, e)
+            self.kill()
+            return
+        self._thread = thread
+
+    def _go_on(self) -> None:
+        superseded = False
         try:
             while self._serve_received():
                 self._out.send()
@@ -128,8 +149,11 @@ class Connection:
             log.debug("x %s of %s: %s", self.peer, self.export_name, e)
         except Exception:
             log.exception("client %s of %s dropped", self.peer, self.export_name)
+        except Superseded:
+            superseded = self._thread is not threading.current_thread()
         finally:
-            self._close()
+            if not superseded:
+                self._close()
 
     def _close(self) -> None:
         """Let the waiting requests end and answer, then hang up."""

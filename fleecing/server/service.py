@@ -48,7 +48,10 @@ Done = Callable[[Exception | None], None]
 class Service:
     """Serves one client's requests on one export; replies go into `out`."""
 
-    def __init__(self, agreement: Agreement, export: Export, out: Outbox, budget: Budget) -> None:
+    def __init__(
+        self, agreement: Agreement, export: Export, out: Outbox, budget: Budget, hand_over: Callable[[], None]
+    ) -> None:
+        """`hand_over` has a fresh thread serve the connection from here on, in the place of one that hangs."""
         self.requests = 0
         self.bytes_read = 0
         self.bytes_written = 0
@@ -62,6 +65,7 @@ class Service:
         self._submit_trim = export.submit_trim
         self._out = out
         self._budget = budget
+        self._hand_over = hand_over
         self._held = threading.Condition()
         self._held_requests = 0  # under _held, as is the next
         self._held_bytes = 0
@@ -78,7 +82,9 @@ class Service:
     def _when_done(self, cookie: int, offset: int, doing: str, *, flags: int = 0, held: int = 0) -> Done:
         """What to call, once, when a submitted request is over. `held` bytes of payload are given back then."""
         self._hold(held)
+        return self._answering(cookie, offset, doing, flags, held)
 
+    def _answering(self, cookie: int, offset: int, doing: str, flags: int, held: int) -> Done:
         def answer(error: Exception | None) -> None:
             if error is None:
                 reply = done_reply(self._mode, cookie, offset)
@@ -131,7 +137,9 @@ class Service:
             check_request(self._limits, _WRITE, flags, offset, length)
             changes = self._changes
             assert changes is not None  # a snapshot's limits let no WRITE through
-            if not changes.write_now(offset, data):
+            if not changes.write_now(offset, data) and not changes.write_saving(
+                offset, data, lambda: self._go_on_without(flags, cookie, offset, length)
+            ):
                 held = bytes(data)
                 done = self._when_done(cookie, offset, f"WRITE of {length} bytes at {offset}", flags=flags, held=length)
                 changes.submit_write(offset, held, done)
@@ -142,6 +150,20 @@ class Service:
             self.bytes_written += length
         except Exception as e:
             self.refuse(cookie, offset, answer_to(e, f"WRITE of {length} bytes at {offset}"))
+
+    def _go_on_without(self, flags: int, cookie: int, offset: int, length: int) -> Done:
+        """The connection's thread hangs in saving what this WRITE overwrites: answer it later, serve the next now.
+
+        Called by another thread. The payload is held without waiting for room: this happens once until that thread is
+        back (`CopyBeforeWrite.write_saving`).
+        """
+        with self._held:
+            self._held_requests += 1
+            self._held_bytes += length
+        self.bytes_written += length
+        done = self._answering(cookie, offset, f"WRITE of {length} bytes at {offset}", flags, length)
+        self._hand_over()
+        return done
 
     def begin_long_write(self, command: int, flags: int, cookie: int, offset: int, length: int) -> LongWrite:
         """A payload that is larger than the receive buffer begins."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,7 @@ from fleecing.server.export import active_export
 from fleecing.server.outbox import BACKLOG, GATHER
 from fleecing.server.service import HELD_BYTES, HELD_REQUESTS
 from fleecing.units import KiB, MiB
-from tests.block.rig import SECONDS, in_thread, pattern
+from tests.block.rig import SECONDS, Rig, in_thread, pattern
 from tests.server.rig import CLUSTER, Disk, MakeDisk, MakeLine
 
 SIZE = 2 * MiB
@@ -43,6 +44,9 @@ class Pool(CopyBeforeWrite):
         self._came = threading.Condition()
 
     def write_now(self, offset: int, data: Buffer) -> bool:
+        return False
+
+    def write_saving(self, offset: int, data: memoryview, hand_over: Callable[[], Done]) -> bool:
         return False
 
     def submit_write(self, offset: int, data: Buffer, done: Done) -> None:
@@ -121,6 +125,56 @@ def test_a_long_write_with_fua_is_answered_after_a_flush(disk: Disk, line: MakeL
 @pytest.mark.parametrize("command", [Cmd.READ, Cmd.CACHE, Cmd.FLUSH])
 def test_fua_is_accepted_where_it_changes_nothing(disk: Disk, line: MakeLine, mode: ReplyMode, command: Cmd) -> None:
     assert line(disk.export, mode).ask(command, 0, 512, flags=CmdFlag.FUA).error == 0
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    rig = Rig(tmp_path, pattern(SIZE))
+    yield rig
+    rig.close()
+
+
+def test_a_write_that_hangs_in_a_temp_holds_up_nothing(rig: Rig, line: MakeLine, mode: ReplyMode) -> None:
+    """Copies are made by the connection's own thread: while it hangs, another serves the client."""
+    snapshot, temp = rig.snapshot()
+    temp.hold = threading.Event()
+    client = line(active_export("vda", "", rig.disk, cluster_size=CLUSTER), mode)
+    client.send(
+        client.request(Cmd.READ, 1, 10, cookie=1),
+        client.request(Cmd.WRITE, 0, payload=b"a" * 4096, cookie=2),
+        client.request(Cmd.READ, 2, 10, cookie=3),
+    )
+    old = pattern(SIZE)
+    assert [client.reply().cookie for _ in range(2)] == [1, 3]
+    # Into the memory that the first payload came in, and all to the pool: a second thread must not hang so.
+    client.send(*(client.request(Cmd.WRITE, n * CLUSTER, payload=b"b" * 9000, cookie=3 + n) for n in range(1, 9)))
+    client.send(client.request(Cmd.READ, 0, 4096, cookie=99))
+    assert client.reply().data == old[:4096]
+    temp.hold.set()
+    assert {client.reply().cookie for _ in range(9)} == {2, *range(4, 12)}
+    assert client.ask(Cmd.READ, 0, 5000).data == b"a" * 4096 + old[4096:5000]
+    assert client.ask(Cmd.READ, CLUSTER, 9001).data == b"b" * 9000 + old[CLUSTER + 9000 : CLUSTER + 9001]
+    assert snapshot.read(0, SIZE) == old
+    assert client.ask(Cmd.WRITE, 10 * CLUSTER, payload=b"c" * 10).error == 0
+
+
+def test_where_no_thread_can_go_on_for_one_that_hangs_the_client_is_dropped(
+    rig: Rig, line: MakeLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot, temp = rig.snapshot()
+    temp.hold = threading.Event()
+    client = line(active_export("vda", "", rig.disk, cluster_size=CLUSTER), SIMPLE)
+    client.send(client.request(Cmd.WRITE, 0, payload=b"a" * 4096))
+    assert temp.held.acquire(timeout=SECONDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        assert client.ended()
+    temp.hold.set()
+    assert snapshot.read(0, SIZE) == pattern(SIZE)
+
+
+def no_thread(self: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 def test_a_flush_that_fails_says_so(disk: Disk, line: MakeLine) -> None:
