@@ -21,7 +21,7 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from bitarray import bitarray
 
@@ -295,17 +295,28 @@ class SnapshotAccess(Node):
         else:
             self._trim(*clusters_within(offset, length, self.cluster_size, self.size))
 
+    def discard_clusters(self, runs: Sequence[tuple[int, int]]) -> None:
+        """`discard` of the clusters [first, end) of each run; of a durable snapshot, all for one wait for the disk."""
+        if self._durability is not None:
+            wait_for(lambda done: self._submit_trim(runs, done))
+        else:
+            for first, end in runs:
+                self._trim(first, end)
+
     def submit_discard(self, offset: int, length: int, done: Done) -> None:
-        """The same, of a durable snapshot: returns at once and calls `done` with None or the error when it is over."""
+        """`discard`, of a durable snapshot: returns at once and calls `done` with None or the error when it is over."""
+        self._submit_trim([clusters_within(offset, length, self.cluster_size, self.size)], done)
+
+    def _submit_trim(self, runs: Sequence[tuple[int, int]], done: Done) -> None:
         clusters = self.clusters
         trimmed = clusters.trimmed
         assert self._durability is not None
         assert trimmed is not None
-        first, end = clusters_within(offset, length, clusters.cluster_size, self.size)
         with clusters.lock:
             broken = clusters.broken
-            if broken is None and first < end:
-                trimmed.bits[first:end] = 1
+            for first, end in runs:
+                if broken is None and first < end:
+                    trimmed.bits[first:end] = 1
         if broken is not None:
             done(SnapshotBroken(broken))
             return
@@ -313,7 +324,8 @@ class SnapshotAccess(Node):
         def when_durable(error: Exception | None) -> None:
             if error is None:
                 try:
-                    self._trim(first, end)
+                    for first, end in runs:
+                        self._trim(first, end)
                 except Exception as e:
                     error = e
             done(error)

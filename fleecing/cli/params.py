@@ -37,6 +37,7 @@ EXPORT = Checked("DISK@SNAPSHOT", split_export)
 ADDRESS = Checked("HOST:PORT", TcpAddress.parse)
 CLUSTER_SIZE = Checked("SIZE", lambda text: check_cluster_size(parse_size(text)))
 TEMP_LIMIT = Checked("SIZE", lambda text: check_temp_limit(parse_size(text)))
+TLS = click.Choice(["off", "allow", "require"])
 SOCKET = Checked("PATH", lambda text: check_socket_path(os.path.abspath(text)))
 
 

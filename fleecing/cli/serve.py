@@ -13,11 +13,12 @@ from typing import Any
 import click
 
 from fleecing.cli.output import print_json
-from fleecing.cli.params import ADDRESS, CLUSTER_SIZE, NAME, SOCKET, json_option
+from fleecing.cli.params import ADDRESS, CLUSTER_SIZE, NAME, SOCKET, TLS, json_option
 from fleecing.control import daemon
 from fleecing.control.activation import take_sockets
 from fleecing.control.config import ServerSettings, TcpAddress, make_settings, read_config
 from fleecing.control.names import clean_name
+from fleecing.nbd.conversation import TlsMode
 from fleecing.units import format_size
 
 
@@ -26,7 +27,7 @@ from fleecing.units import format_size
     epilog="""\b
 Examples:
   fleecing serve vda.img
-  fleecing serve /dev/vg0/web --name web --listen 0.0.0.0:10809
+  fleecing serve /dev/vg0/web --name web --listen 0.0.0.0:10809 --tls require --tls-dir /etc/fleecing/tls
   fleecing serve vda.img --unix /tmp/nbd.sock --control /tmp/control.sock --state-dir /tmp/state
   fleecing serve --config /etc/fleecing.toml
 """,
@@ -37,6 +38,13 @@ Examples:
 @click.option("--format", "image_format", metavar="raw", help="Format of IMAGE. This release serves raw images.")
 @click.option("--listen", type=ADDRESS, multiple=True, help="TCP address for NBD clients; port 0 takes any free port.")
 @click.option("--unix", type=SOCKET, multiple=True, help="Unix socket for NBD clients.")
+@click.option("--tls", type=TLS, help="TLS on TCP: off (default), allow, or require.")
+@click.option("--tls-unix", type=TLS, help="The same on Unix sockets.")
+@click.option("--tls-dir", metavar="DIR", help="Folder with server-cert.pem, server-key.pem and ca-cert.pem.")
+@click.option("--tls-verify-client", is_flag=True, default=None, help="Clients need a certificate of ca-cert.pem, too.")
+@click.option(
+    "--insecure-listen", is_flag=True, default=None, help="Let --listen be open to a network without encryption."
+)
 @click.option(
     "--control",
     type=SOCKET,
@@ -63,7 +71,7 @@ def serve(
 
     Without --listen and --unix the server listens on 127.0.0.1:10809 and on nbd.sock beside the default control
     socket. Lines to paste into QEMU and into a shell are printed on stderr. SIGTERM or Ctrl-C ends it: requests in
-    flight are finished first, and the exit code is 0.
+    flight are finished first, and the exit code is 0. SIGHUP has the certificates of --tls-dir read again.
     """
     for_image = {"path": image, "format": image_format, "cluster-size": cluster_size}
     inherited = take_sockets()
@@ -117,8 +125,8 @@ def check_config(*, file: str, as_json: bool) -> None:
 
 
 def _described(settings: ServerSettings) -> str:
-    lines = [f"listen     {_address(address)}" for address in settings.listen]
-    lines += [f"unix       {path}" for path in settings.unix]
+    lines = [f"listen     {_address(address)}{_tls(settings.tls_of(address))}" for address in settings.listen]
+    lines += [f"unix       {path}{_tls(settings.tls_unix)}" for path in settings.unix]
     lines += [f"control    {settings.control}", f"state-dir  {settings.state_dir}"]
     lines += [f"temp-dir   {settings.temp_dir or settings.state_dir}"]
     for name, disk in settings.disk.items():
@@ -128,3 +136,7 @@ def _described(settings: ServerSettings) -> str:
 
 def _address(address: TcpAddress) -> str:
     return f"{address} (any free port)" if not address.port else str(address)
+
+
+def _tls(mode: TlsMode) -> str:
+    return {TlsMode.OFF: "", TlsMode.ALLOW: ", TLS allowed", TlsMode.REQUIRE: ", TLS required"}[mode]

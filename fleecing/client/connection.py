@@ -22,7 +22,7 @@ from fleecing.client.request import Extents, Request
 from fleecing.client.tls import TlsSocket
 from fleecing.errors import FleecingError, RequestError
 from fleecing.nbd.client_handshake import ClientAgreement
-from fleecing.nbd.constants import Cmd, CmdFlag, NbdError, ReplyMode, TransmissionFlag
+from fleecing.nbd.constants import READ_ONCE, Cmd, CmdFlag, NbdError, ReplyMode, TransmissionFlag
 from fleecing.nbd.transmission import request as request_header
 
 Buffer = bytes | bytearray | memoryview
@@ -35,6 +35,7 @@ MAX_COMPACT_LENGTH: Final = (1 << 32) - 1
 _FUA: Final = int(CmdFlag.FUA)
 _NO_HOLE: Final = int(CmdFlag.NO_HOLE)
 _FAST_ZERO: Final = int(CmdFlag.FAST_ZERO)
+_READ_ONCE: Final = int(CmdFlag.READ_ONCE)
 _NEEDED: Final = {
     Cmd.FLUSH: TransmissionFlag.SEND_FLUSH,
     Cmd.TRIM: TransmissionFlag.SEND_TRIM,
@@ -97,9 +98,13 @@ class Connection:
 
     # Requests; offsets and lengths in bytes, ValueError for what this export cannot be asked
 
-    def submit_read(self, offset: int, buffer: bytearray | memoryview) -> Request:
-        """Ask for len(buffer) bytes, at most `maximum_payload`, received into `buffer`."""
-        return self._submit(Cmd.READ, offset, len(buffer), buffer=memoryview(buffer))
+    def submit_read(self, offset: int, buffer: bytearray | memoryview, *, once: bool = False) -> Request:
+        """Ask for len(buffer) bytes, at most `maximum_payload`, received into `buffer`.
+
+        `once`: the server gives the whole clusters of the range up when it has sent them, whether they arrive here or
+        not (docs/read-once.md); the context READ_ONCE must have been selected.
+        """
+        return self._submit(Cmd.READ, offset, len(buffer), _READ_ONCE * once, buffer=memoryview(buffer))
 
     def submit_write(self, offset: int, data: Buffer, *, fua: bool = False) -> Request:
         """Write `data`, at most `maximum_payload` bytes; it is sent when this returns and may be changed then."""
@@ -143,10 +148,10 @@ class Connection:
             self._receive(deadline)
         return self._reader.finished.pop(next(iter(self._reader.finished)))
 
-    def read(self, offset: int, length: int) -> bytearray:
-        """The bytes of the range, at most `maximum_payload`."""
+    def read(self, offset: int, length: int, *, once: bool = False) -> bytearray:
+        """The bytes of the range, at most `maximum_payload`; see `submit_read`."""
         buffer = bytearray(length)
-        self.wait(self.submit_read(offset, buffer))
+        self.wait(self.submit_read(offset, buffer, once=once))
         return buffer
 
     def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
@@ -234,6 +239,8 @@ class Connection:
         if command in _NEEDED and not self.can(_NEEDED[command]):
             raise RequestError(NbdError.ENOTSUP, f"{self.peer} offers no {command.name}")
         if flags:
+            if flags & _READ_ONCE and READ_ONCE not in self.contexts:
+                raise RequestError(NbdError.ENOTSUP, f"{self.peer} offers no READ_ONCE, or it was not selected")
             for flag, needed in _NEEDED_BY_FLAG.items():
                 if flags & flag and not self.can(needed):
                     raise RequestError(NbdError.ENOTSUP, f"{self.peer} offers no {needed.name}")

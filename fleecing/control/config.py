@@ -5,6 +5,11 @@ unix = ["/run/fleecing/nbd.sock"]
 control = "/run/fleecing/control.sock"
 state-dir = "/var/lib/fleecing"
 temp-dir = "/var/tmp/fleecing"          # none: temp files lie in the state folder
+tls = "off"                             # TCP: off, allow, require; or one by one, as {address = ..., tls = ...}
+tls-unix = "off"                        # the same of the Unix sockets
+tls-dir = "/etc/fleecing/tls"           # server-cert.pem, server-key.pem, ca-cert.pem, ca-crl.pem
+tls-verify-client = false               # whether clients must have a certificate of ca-cert.pem
+insecure-listen = false                 # whether TCP may be open to more than this machine without TLS
 drain-seconds = 10                      # how long requests in flight may take when the server stops
 
 [disk.vda]
@@ -15,6 +20,7 @@ cluster-size = "64K"
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import tomllib
 from pathlib import Path
@@ -35,6 +41,7 @@ from fleecing.control.fields import DEFAULT_CLUSTER, ClusterSize, Name
 from fleecing.control.paths import default_control_path, default_state_dir, default_unix_path
 from fleecing.control.sockets import check_socket_path
 from fleecing.errors import ConfigError
+from fleecing.nbd.conversation import TlsMode
 
 DEFAULT_PORT = 10809
 
@@ -51,10 +58,19 @@ class _Settings(BaseModel):
 
 
 class TcpAddress(_Settings):
-    """Where to listen: a host name or address, and a port (0 = any free one)."""
+    """Where to listen: a host name or address, and a port (0 = any free one). `tls` goes before the server's."""
 
     host: str
     port: int = Field(default=DEFAULT_PORT, ge=0, le=65535)
+    tls: TlsMode | None = None
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches it. A name other than localhost may be anything."""
+        try:
+            return ipaddress.ip_address(self.host.partition("%")[0]).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -77,6 +93,9 @@ class TcpAddress(_Settings):
 
 
 def _address(value: object) -> object:
+    if isinstance(value, dict) and isinstance(text := value.get("address"), str):
+        place = TcpAddress.parse(text)
+        return {"host": place.host, "port": place.port, **{k: v for k, v in value.items() if k != "address"}}
     return TcpAddress.parse(value) if isinstance(value, str) else value
 
 
@@ -111,6 +130,11 @@ class ServerSettings(_Settings):
     control: SocketPath = Field(default_factory=default_control_path, validate_default=True)
     state_dir: AbsolutePath = Field(default_factory=default_state_dir)
     temp_dir: AbsolutePath | None = None
+    tls: TlsMode = TlsMode.OFF
+    tls_unix: TlsMode = TlsMode.OFF
+    tls_dir: AbsolutePath | None = None
+    tls_verify_client: bool = False
+    insecure_listen: bool = False
     drain_seconds: float = Field(default=10.0, ge=0, le=3600)
     disk: dict[Name, DiskSettings] = Field(min_length=1)
 
@@ -134,6 +158,31 @@ class ServerSettings(_Settings):
         if len(set(sockets)) < len(sockets):
             raise ValueError("a socket path is named twice: every listener and the control socket needs its own")
         return self
+
+    @model_validator(mode="after")
+    def _nothing_open_by_mistake(self) -> Self:
+        if self.uses_tls and self.tls_dir is None:
+            raise ValueError("TLS needs tls-dir (--tls-dir), the folder of server-cert.pem and server-key.pem")
+        if self.tls_verify_client and not self.uses_tls:
+            raise ValueError('tls-verify-client needs TLS: give tls = "require" (--tls require), too')
+        for address in self.listen:
+            if not (address.is_loopback or self.insecure_listen or self.tls_of(address) is TlsMode.REQUIRE):
+                raise ValueError(
+                    f"{address} is open to the network without encryption: whoever reaches it can read and write the "
+                    "disks; require TLS (--tls require --tls-dir DIR), or allow it with insecure-listen "
+                    "(--insecure-listen) in a network that you trust"
+                )
+        return self
+
+    def tls_of(self, address: TcpAddress) -> TlsMode:
+        """What holds for clients of this TCP address."""
+        return self.tls if address.tls is None else address.tls
+
+    @property
+    def uses_tls(self) -> bool:
+        """Whether any listener may have it; sockets that are handed over follow `tls` and `tls_unix`."""
+        modes = [self.tls, self.tls_unix, *(self.tls_of(address) for address in self.listen)]
+        return any(mode is not TlsMode.OFF for mode in modes)
 
 
 def make_settings(values: dict[str, Any], source: str, *, activated: bool = False) -> ServerSettings:
@@ -168,7 +217,7 @@ def _root_paths(values: dict[str, Any], folder: str) -> None:
     def rooted(value: Any) -> Any:
         return os.path.join(folder, value) if isinstance(value, str) and value else value
 
-    for key in ("control", "state-dir", "temp-dir"):
+    for key in ("control", "state-dir", "temp-dir", "tls-dir"):
         if key in values:
             values[key] = rooted(values[key])
     if isinstance(values.get("unix"), list):

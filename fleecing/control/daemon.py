@@ -18,12 +18,15 @@ from aiohttp import web
 from fleecing.control.activation import Inherited
 from fleecing.control.addresses import Addresses, paste_lines
 from fleecing.control.api import make_app
+from fleecing.control.certificates import Certificates
 from fleecing.control.config import ServerSettings
 from fleecing.control.jobs import Jobs
 from fleecing.control.manager import Manager
 from fleecing.control.notify import Notifier
 from fleecing.control.report import Reporter
 from fleecing.control.sockets import bind_tcp, bind_unix, remove_socket
+from fleecing.errors import ConfigError
+from fleecing.nbd.handshake import TlsMode
 from fleecing.server.listener import MAX_CLIENTS, NbdServer
 
 log = logging.getLogger(__name__)
@@ -37,7 +40,7 @@ CALLS = 32
 FREE_FILES = 256
 """File descriptors that NBD clients leave to disks, snapshots and the control API."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def run(
@@ -47,7 +50,7 @@ def run(
     announce: Callable[[str], None],
     inherited: Inherited | None = None,
 ) -> None:
-    """Serve until a signal comes, then drain.
+    """Serve until SIGTERM or SIGINT comes, then drain. SIGHUP has the certificates read again.
 
     `announce` gets the lines to paste once, when everything listens; `program` is what starts this program in a shell.
     `inherited` sockets, which systemd keeps, are served besides those of the settings; the control socket goes first.
@@ -63,6 +66,11 @@ async def _serve(settings: ServerSettings, program: str, announce: Callable[[str
     stop = asyncio.Event()
     for number in _SIGNALS:
         loop.add_signal_handler(number, stop.set)
+    reload = asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
+    certificates = None
+    if settings.uses_tls and settings.tls_dir is not None:
+        certificates = Certificates(settings.tls_dir, settings.tls_verify_client)
     async with AsyncExitStack() as life:
         notifier = Notifier()
         life.callback(notifier.close)
@@ -70,6 +78,12 @@ async def _serve(settings: ServerSettings, program: str, announce: Callable[[str
         life.push_async_callback(asyncio.to_thread, manager.close)
         server = NbdServer(manager, max_clients=_room_for_clients())
         life.push_async_callback(server.close, settings.drain_seconds)
+        if certificates is not None:
+            server.tls_context = certificates.load()
+            if (flaw := certificates.flaw(server.tls_context)) is not None:
+                log.error("%s", flaw)
+        reloading = loop.create_task(_reload_each_time(reload, certificates, server))
+        life.callback(reloading.cancel)
         addresses = _listen(settings, server, life, inherited)
         jobs = await asyncio.to_thread(Jobs, manager, settings.state_dir)
         life.push_async_callback(asyncio.to_thread, jobs.close)
@@ -98,6 +112,22 @@ def _status(manager: Manager, server: NbdServer) -> str:
     return f"{text}, {broken} of them broken" if broken else text
 
 
+async def _reload_each_time(asked: asyncio.Event, certificates: Certificates | None, server: NbdServer) -> None:
+    """Whenever SIGHUP came: clients that come from then on get the certificates that are there now."""
+    while True:
+        await asked.wait()
+        asked.clear()
+        if certificates is None:
+            log.info("SIGHUP: there are no certificates to read again")
+            continue
+        try:
+            server.tls_context = await asyncio.to_thread(certificates.renew)
+        except (ConfigError, OSError) as e:
+            log.error("the certificates stay as they were: %s", e)
+        else:
+            log.info("certificates read again from %s", certificates.folder)
+
+
 def _room_for_clients() -> int:
     """How many NBD clients there may be: a crowd of them must not take the descriptors that the operator needs.
 
@@ -113,25 +143,38 @@ def _room_for_clients() -> int:
 
 
 def _listen(settings: ServerSettings, server: NbdServer, life: AsyncExitStack, inherited: Inherited) -> Addresses:
-    tcp = []
+    tcp, encrypted = [], set()
     unix = []
     for listener in inherited.nbd:
-        server.add_listener(listener)
-        if listener.family == socket.AF_UNIX:
+        local = listener.family == socket.AF_UNIX
+        server.add_listener(listener, tls_mode=settings.tls_unix if local else settings.tls)
+        if local:
             unix.append(os.path.abspath(listener.getsockname()))
         else:
             tcp.append(listener.getsockname()[:2])
+            if settings.tls is TlsMode.REQUIRE:
+                encrypted.add(tcp[-1])
     for address in settings.listen:
+        mode = settings.tls_of(address)
         for listener in bind_tcp(address.host, address.port):
-            server.add_listener(listener)
+            server.add_listener(listener, tls_mode=mode)
             tcp.append(listener.getsockname()[:2])
+            if mode is TlsMode.REQUIRE:
+                encrypted.add(tcp[-1])
     for path in settings.unix:
         if not inherited.takes(path):
-            server.add_listener(bind_unix(path))
+            server.add_listener(bind_unix(path), tls_mode=settings.tls_unix)
             life.callback(remove_socket, path)
             unix.append(path)
     control = settings.control if inherited.control is None else os.path.abspath(inherited.control.getsockname())
-    addresses = Addresses(tuple(tcp), tuple(unix), control)
+    addresses = Addresses(
+        tuple(tcp),
+        tuple(unix),
+        control,
+        tls_tcp=frozenset(encrypted),
+        tls_unix=settings.tls_unix is TlsMode.REQUIRE,
+        tls_dir=settings.tls_dir,
+    )
     log.info("NBD on %s", " and ".join(addresses.listeners()))
     return addresses
 

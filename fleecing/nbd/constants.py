@@ -1,7 +1,8 @@
 """The numbers of the NBD protocol, under the headings and by the names of its document (doc/proto.md).
 
-[X] marks what the branch extension-ext-header adds, [R] what extension-resize adds. Enumerations are what logs and
-errors print; on the hot path take their plain integers once (`int(...)`), since operations on IntFlag are slow.
+[X] marks what the branch extension-ext-header adds, [R] what extension-resize adds, [F] what Fleecing adds
+(docs/read-once.md). Enumerations are what logs and errors print; on the hot path take their plain integers once
+(`int(...)`), since operations on IntFlag are slow.
 """
 
 from __future__ import annotations
@@ -144,6 +145,7 @@ class CmdFlag(IntFlag):
     REQ_ONE = 1 << 3
     FAST_ZERO = 1 << 4
     PAYLOAD_LEN = 1 << 5  # [X]
+    READ_ONCE = 1 << 15  # [F]
 
 
 class ReplyFlag(IntFlag):
@@ -193,3 +195,5 @@ class AllocationStatus(IntFlag):
 
 
 BASE_ALLOCATION: Final = "base:allocation"
+READ_ONCE: Final = "fleecing:read-once"  # [F]
+"""Who selects this context may set CmdFlag.READ_ONCE: the bytes are given up when the reply has left."""

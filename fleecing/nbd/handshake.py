@@ -31,6 +31,7 @@ from fleecing.nbd.constants import (
     IHAVEOPT,
     MAX_STRING,
     NBDMAGIC,
+    READ_ONCE,
     ZERO_PADDING,
     ClientFlag,
     HandshakeFlag,
@@ -110,6 +111,7 @@ class Agreement:
             contexts=bool(self.contexts),
             minimum_block=self.export.minimum_block,
             writable=self.export.writable,
+            read_once=any(name == READ_ONCE for _, name in self.contexts),
         )
 
 

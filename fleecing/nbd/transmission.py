@@ -239,6 +239,8 @@ class RequestLimits:
     minimum_block: int = DEFAULT_MINIMUM_BLOCK
     writable: bool = True
     """False answers as READ_ONLY does, without telling the client: clients send no TRIM to an export that tells it."""
+    read_once: bool = False
+    """Whether the meta context was selected that allows READ_ONCE."""
 
     # Tables by command, for the hot path: flag bits that are fixed, what they must be, and the longest request.
     fixed: tuple[int, ...] = field(init=False, repr=False)
@@ -355,6 +357,8 @@ def _allowed_flags(limits: RequestLimits, command: Cmd) -> CmdFlag:
         allowed |= CmdFlag.FUA  # "the server MUST accept all commands with this bit set"
     if command is Cmd.READ and TransmissionFlag.SEND_DF in told:
         allowed |= CmdFlag.DF
+    if command is Cmd.READ and limits.read_once:
+        allowed |= CmdFlag.READ_ONCE
     if command is Cmd.WRITE_ZEROES:
         allowed |= CmdFlag.NO_HOLE
         if TransmissionFlag.SEND_FAST_ZERO in told:
@@ -386,5 +390,5 @@ def _longest(limits: RequestLimits, command: Cmd) -> int:
 
 def _flag_names(bits: int) -> str:
     known = [flag.name or "" for flag in CmdFlag if flag & bits]
-    unknown = bits & ~int(~CmdFlag(0))
+    unknown = bits & ~sum(CmdFlag)  # the bits between them have no name
     return ", ".join([*known, hex(unknown)] if unknown else known)

@@ -33,7 +33,7 @@ from fleecing.nbd.handshake import Agreement
 from fleecing.nbd.transmission import EXTENDED_REQUEST, REQUEST, data_header, payload_length
 from fleecing.server.budget import Budget
 from fleecing.server.export import MAXIMUM_PAYLOAD, Export, answer_to
-from fleecing.server.outbox import GATHER, LARGEST_PIECE, Outbox
+from fleecing.server.outbox import GATHER, LARGEST_PIECE, Outbox, TellingOutbox
 from fleecing.server.service import Service
 from fleecing.server.tls import Stream, TlsSocket
 from fleecing.units import MiB
@@ -74,8 +74,9 @@ class Connection:
         self._magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
         self._size = agreement.export.size
         self._on_close = on_close
-        self._out = Outbox(sock)
-        self._service = Service(agreement, export, self._out, budget, self._hand_over)
+        receipts = export.receipts(name for _, name in agreement.contexts)
+        self._out = Outbox(sock) if receipts is None else TellingOutbox(sock, receipts.sent)
+        self._service = Service(agreement, export, self._out, budget, self._hand_over, receipts)
         self._buffer = bytearray(RECEIVE_SIZE)
         self._view = memoryview(self._buffer)
         self._view[: len(leftover)] = leftover

@@ -15,7 +15,7 @@ from fleecing.block.lost_snapshot import LostSnapshot
 from fleecing.block.node import Node
 from fleecing.block.snapshot_access import SnapshotAccess
 from fleecing.errors import BlockError, ClusterUnreadable, RequestError, SnapshotBroken, TempLimitReached
-from fleecing.nbd.constants import BASE_ALLOCATION, NbdError, TransmissionFlag
+from fleecing.nbd.constants import BASE_ALLOCATION, READ_ONCE, NbdError, TransmissionFlag
 from fleecing.nbd.handshake import ExportInfo
 from fleecing.nbd.transmission import nbd_error
 from fleecing.server.meta_context import (
@@ -26,7 +26,9 @@ from fleecing.server.meta_context import (
     beside_bitmap,
     dirty_bitmap,
     everything_allocated,
+    readable,
 )
+from fleecing.server.read_once import Receipts
 from fleecing.units import MiB
 
 log = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ class Export:
         beside_bitmap: Mapping[str, Context] | None = None,
         changes: CopyBeforeWrite | None = None,
         submit_trim: SubmitTrim | None = None,
+        read_once: SnapshotAccess | None = None,
         retain: Callable[[], None] | None = None,
         release: Callable[[], None] | None = None,
     ) -> None:
@@ -82,6 +85,7 @@ class Export:
         self._beside_bitmap = beside_bitmap or {}
         self.changes = changes
         self.submit_trim = submit_trim  # where a trim has to wait for the disk
+        self._read_once = read_once  # what READ_ONCE trims
         self._retain = retain
         self._release = release
 
@@ -99,6 +103,10 @@ class Export:
         with_bitmap = any(name.startswith(DIRTY_BITMAP) for name in chosen)
         known = {**self._contexts, **self._beside_bitmap} if with_bitmap else self._contexts
         return [known[name] for name in chosen]
+
+    def receipts(self, contexts: Iterable[str]) -> Receipts | None:
+        """What a connection with these contexts has to keep of its READs; None = nothing, as nearly always."""
+        return Receipts(self._read_once) if self._read_once is not None and READ_ONCE in contexts else None
 
     def retain(self) -> None:
         """A connection starts to use the node."""
@@ -126,6 +134,7 @@ def snapshot_export(name: str, description: str, snapshot: SnapshotAccess, bitma
         BASE_ALLOCATION: snapshot.block_status,
         ALLOCATION_DEPTH: snapshot.allocation_depth,
         CLUSTER_STATE: snapshot.cluster_state,
+        READ_ONCE: readable(snapshot.cluster_state),
     }
     lenient: dict[str, Context] = {}
     scope, cluster_size = snapshot.clusters.scope, snapshot.cluster_size
@@ -145,6 +154,7 @@ def snapshot_export(name: str, description: str, snapshot: SnapshotAccess, bitma
         contexts,
         beside_bitmap=lenient,
         submit_trim=snapshot.submit_discard if snapshot.durable else None,
+        read_once=snapshot,
         retain=snapshot.retain,
         release=snapshot.release,
     )
@@ -156,6 +166,7 @@ def lost_export(name: str, description: str, lost: LostSnapshot, bitmap: str | N
         BASE_ALLOCATION: lost.block_status,
         ALLOCATION_DEPTH: lost.allocation_depth,
         CLUSTER_STATE: lost.cluster_state,
+        READ_ONCE: lost.cluster_state,
     }
     if bitmap is not None:
         contexts[DIRTY_BITMAP + bitmap] = lost.block_status

@@ -53,7 +53,7 @@ class NbdServer:
         tls_mode: TlsMode = TlsMode.OFF,
         tls_context: ssl.SSLContext | None = None,
     ) -> None:
-        """`tls_context` is needed unless `tls_mode` is OFF."""
+        """`tls_context` is needed unless TLS is OFF for all listeners."""
         self._catalog = catalog
         self._tls_mode = tls_mode
         self.tls_context = tls_context  # may be replaced at any time: later clients get the new one
@@ -72,11 +72,15 @@ class NbdServer:
         """The clients in the transmission phase."""
         return tuple(self._connections)
 
-    def add_listener(self, listener: socket.socket) -> None:
-        """Accept clients on this listening socket from now on; it is closed with the server."""
+    def add_listener(self, listener: socket.socket, *, tls_mode: TlsMode | None = None) -> None:
+        """Accept clients on this listening socket from now on; it is closed with the server.
+
+        `tls_mode` takes the place of the server's for the clients of this socket.
+        """
         listener.setblocking(False)
         self._listeners.append(listener)
-        self._own(asyncio.get_running_loop().create_task(self._accept(listener)))
+        tls = self._tls_mode if tls_mode is None else tls_mode
+        self._own(asyncio.get_running_loop().create_task(self._accept(listener, tls)))
 
     async def close(self, grace: float) -> None:
         """Turn new clients away, let the others' requests end for up to `grace` seconds, then hang up."""
@@ -105,7 +109,7 @@ class NbdServer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _accept(self, listener: socket.socket) -> None:
+    async def _accept(self, listener: socket.socket, tls: TlsMode) -> None:
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -121,13 +125,13 @@ class NbdServer:
                 sock.close()
                 continue
             self._clients += 1
-            self._own(loop.create_task(self._welcome(sock, peer)))
+            self._own(loop.create_task(self._welcome(sock, peer, tls)))
 
-    async def _welcome(self, sock: socket.socket, peer: str) -> None:
+    async def _welcome(self, sock: socket.socket, peer: str, tls: TlsMode) -> None:
         """The handshake; on success the socket goes to a connection, else it is closed."""
         connection = None
         try:
-            connection = await self._haggle(sock, peer)
+            connection = await self._haggle(sock, peer, tls)
             if connection is not None and not self._start(connection):
                 connection = None
         except ProtocolError as e:
@@ -157,10 +161,10 @@ class NbdServer:
         self._idle.clear()
         return True
 
-    async def _haggle(self, sock: socket.socket, peer: str) -> Connection | None:
+    async def _haggle(self, sock: socket.socket, peer: str, tls: TlsMode) -> Connection | None:
         loop = asyncio.get_running_loop()
         _tune(sock)
-        handshake = ServerHandshake(self._catalog, tls=self._tls_mode)
+        handshake = ServerHandshake(self._catalog, tls=tls)
         async with asyncio.timeout(self._handshake_seconds):
             stream = await self._drive(handshake, sock)
         if handshake.agreement is None:

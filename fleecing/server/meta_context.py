@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 from bitarray import bitarray
 
 from fleecing.block.bitmap import bit_runs, clusters_touched
-from fleecing.block.extent import MAX_RUNS, Runs, append_run, total_length
+from fleecing.block.extent import MAX_RUNS, ClusterState, Runs, append_run, merge_runs, total_length
 
 ALLOCATION_DEPTH = "qemu:allocation-depth"
 """0 = not allocated, 1 = in the top layer, 2 = in the layer below it (QEMU, docs/interop/nbd.rst)."""
 
 CLUSTER_STATE = "fleecing:cluster-state"
 """0 = untouched, 1 = copied, 2 = trimmed, 3 = not in the bitmap. Answered where a read is refused, too."""
+
+READ_ONCE_STATUS = {ClusterState.TRIMMED: 1, ClusterState.NOT_IN_BITMAP: 2}
+"""What fleecing:read-once says of a cluster: 0 = can be read. Answered where a read is refused, too."""
 
 DIRTY_BITMAP = "qemu:dirty-bitmap:"
 """Begins the name of a dirty bitmap's context: 1 = changed since the checkpoint, 0 = not."""
@@ -25,6 +28,16 @@ Context = Callable[[int, int, int], Runs]
 def everything_allocated(offset: int, length: int, max_runs: int) -> Runs:
     """A raw image has one layer, and all of it is there."""
     return [(length, 1)]
+
+
+def readable(cluster_state: Context) -> Context:
+    """The context fleecing:read-once (docs/read-once.md), made of the cluster states."""
+
+    def status(offset: int, length: int, max_runs: int) -> Runs:
+        runs = cluster_state(offset, length, max_runs)
+        return merge_runs((count, READ_ONCE_STATUS.get(ClusterState(state), 0)) for count, state in runs)
+
+    return status
 
 
 def dirty_bitmap(bits: bitarray, granularity: int, check: Callable[[], None]) -> Context:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections import deque
+from collections.abc import Callable
 
 from fleecing.server.tls import Stream
 from fleecing.units import KiB
@@ -129,3 +130,15 @@ class Outbox:
         finally:
             self._sending.release()
         self._send_late()
+
+
+class TellingOutbox(Outbox):
+    """An outbox that calls `sent`, in the connection's thread, when all that was gathered has left."""
+
+    def __init__(self, sock: Stream, sent: Callable[[], None]) -> None:
+        super().__init__(sock)
+        self._sent = sent
+
+    def send(self) -> None:
+        super().send()
+        self._sent()

@@ -26,6 +26,7 @@ from fleecing.server.budget import Budget
 from fleecing.server.export import Export, answer_to
 from fleecing.server.meta_context import block_status
 from fleecing.server.outbox import GATHER, LARGEST_PIECE, Outbox
+from fleecing.server.read_once import Receipts
 from fleecing.units import KiB, MiB
 
 HELD_REQUESTS = 64
@@ -41,6 +42,7 @@ BUDGET_SECONDS = 30.0
 _WRITE = int(Cmd.WRITE)
 _FUA = int(CmdFlag.FUA)
 _PAYLOAD_LEN = int(CmdFlag.PAYLOAD_LEN)
+_READ_ONCE = int(CmdFlag.READ_ONCE)
 
 Done = Callable[[Exception | None], None]
 
@@ -49,9 +51,18 @@ class Service:
     """Serves one client's requests on one export; replies go into `out`."""
 
     def __init__(
-        self, agreement: Agreement, export: Export, out: Outbox, budget: Budget, hand_over: Callable[[], None]
+        self,
+        agreement: Agreement,
+        export: Export,
+        out: Outbox,
+        budget: Budget,
+        hand_over: Callable[[], None],
+        receipts: Receipts | None = None,
     ) -> None:
-        """`hand_over` has a fresh thread serve the connection from here on, in the place of one that hangs."""
+        """`hand_over` has a fresh thread serve the connection from here on, in the place of one that hangs.
+
+        `receipts`: what is sent once and trimmed then, where the client asked for that.
+        """
         self.requests = 0
         self.bytes_read = 0
         self.bytes_written = 0
@@ -61,6 +72,7 @@ class Service:
         contexts = export.contexts(name for _, name in agreement.contexts)
         self._contexts = dict(zip(numbers, contexts, strict=True))
         self._node = export.node
+        self._receipts = receipts
         self._changes = export.changes
         self._submit_trim = export.submit_trim
         self._out = out
@@ -243,9 +255,11 @@ class Service:
         elif flags & CmdFlag.DF:
             # "If the server [...] cannot [...] it MAY reply with NBD_EOVERFLOW" to a DF read of more than 65536 bytes.
             raise RequestError(NbdError.EOVERFLOW, f"READ with DF of {length} bytes is above {LARGEST_PIECE}")
-        else:
-            self._read_pieces(cookie, offset, length)
+        elif not self._read_pieces(cookie, offset, length):
+            return
         self.bytes_read += length
+        if flags & _READ_ONCE and self._receipts is not None:
+            self._receipts.note(offset, length)
 
     def announce(self, offset: int, length: int) -> None:
         """A READ that is served soon. Whatever is wrong with it is told when it is."""
@@ -264,8 +278,8 @@ class Service:
         if self._out.used >= GATHER:
             self._out.send()
 
-    def _read_pieces(self, cookie: int, offset: int, length: int) -> None:
-        """Chunk by chunk. One that fails ends the reply with an error chunk; the connection goes on."""
+    def _read_pieces(self, cookie: int, offset: int, length: int) -> bool:
+        """Chunk by chunk. One that fails ends the reply with an error chunk, and the connection goes on: False."""
         end = offset + length
         for start in range(offset, end, LARGEST_PIECE):
             count = min(LARGEST_PIECE, end - start)
@@ -275,9 +289,10 @@ class Service:
             except Exception as e:
                 failure = answer_to(e, f"READ of {count} bytes at {start}")
                 self._out.put(error_reply(self._mode, cookie, offset, failure.error, failure.text, at=start))
-                return
+                return False
             if self._out.used >= GATHER:
                 self._out.send()
+        return True
 
     def _read_piece(self, header: bytes, offset: int, length: int) -> None:
         """Read straight into what is sent; the header goes in front when the bytes are there."""

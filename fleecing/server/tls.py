@@ -19,17 +19,23 @@ from fleecing.units import KiB
 _CIPHERTEXT = 256 * KiB
 
 
-def server_context(certificate: str, key: str, *, client_ca: str | None = None) -> ssl.SSLContext:
+def server_context(
+    certificate: str, key: str, *, client_ca: str | None = None, revoked: str | None = None
+) -> ssl.SSLContext:
     """TLS 1.2 or later with this certificate chain and key (PEM files); with `client_ca`, clients must have one of it.
 
-    Raises OSError (ssl.SSLError is one) where a file cannot be read or used.
+    `revoked` is a file of revocation lists of `client_ca`. Raises OSError (ssl.SSLError is one) where a file cannot be
+    read or used.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(certificate, key)
+    context.load_cert_chain(certificate, key, password="")  # else OpenSSL asks for one on the terminal, and waits
     if client_ca is not None:
         context.load_verify_locations(client_ca)
         context.verify_mode = ssl.CERT_REQUIRED
+    if revoked is not None:
+        context.load_verify_locations(revoked)
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
     return context
 
 

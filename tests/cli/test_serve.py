@@ -88,6 +88,23 @@ def test_a_port_in_use_is_refused(image: Path, tmp_path: Path) -> None:
         assert f"cannot listen on {address}: Address already in use" in start(tmp_path, image, "--listen", address)
 
 
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (("--listen", "0.0.0.0:0"), "0.0.0.0:0 is open to the network without encryption"),
+        (("--listen", "some.host:0"), "some.host:0 is open to the network without encryption"),
+        (("--listen", "0.0.0.0:0", "--tls", "allow", "--tls-dir", "/"), "is open to the network without encryption"),
+        (("--tls", "require"), "TLS needs tls-dir (--tls-dir)"),
+        (("--tls-verify-client",), "tls-verify-client needs TLS"),
+        (("--tls", "require", "--tls-dir", "/nowhere"), "TLS needs /nowhere/server-cert.pem, which cannot be read"),
+    ],
+)
+def test_what_would_be_open_by_mistake_is_refused(
+    image: Path, tmp_path: Path, options: tuple[str, ...], sentence: str
+) -> None:
+    assert sentence in start(tmp_path, image, *options)
+
+
 @pytest.mark.parametrize("option, what", [("--state-dir", "state folder"), ("--temp-dir", "temp folder")])
 def test_a_folder_that_takes_no_files_is_refused(image: Path, tmp_path: Path, option: str, what: str) -> None:
     assert f"{what} /proc" in start(tmp_path, image, option, "/proc/1")

@@ -58,7 +58,7 @@ def test_without_listeners_both_defaults_are_taken() -> None:
     assert settings.unix[0].endswith("/nbd.sock")
 
 
-@pytest.mark.parametrize("one, none", [({"listen": ["[::]:1"]}, "unix"), ({"unix": ["/run/s"]}, "listen")])
+@pytest.mark.parametrize("one, none", [({"listen": ["[::1]:1"]}, "unix"), ({"unix": ["/run/s"]}, "listen")])
 def test_one_listener_is_the_only_one(one: dict[str, object], none: str) -> None:
     assert getattr(make_settings({"disk": {"a": {"path": "x"}}, **one}, "test"), none) == ()
 

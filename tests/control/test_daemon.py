@@ -22,7 +22,7 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_with_0_and_leaves_no_socket(serve: Serve, image: Path, number: signal.Signals) -> None:
     server = serve(image)
     server.child.signal(number)

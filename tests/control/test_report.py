@@ -142,6 +142,16 @@ def test_without_a_unix_socket_the_lines_name_the_port() -> None:
     ]
 
 
+def test_where_tls_is_required_uris_and_lines_say_so() -> None:
+    place = ("localhost", 5)
+    addresses = Addresses((place,), (), "/c", tls_tcp=frozenset({place}), tls_dir="/t")
+    assert addresses.uris("vda") == ["nbds://localhost:5/vda"]
+    lines = list(paste_lines(["vda"], addresses, "fleecing"))
+    assert "-object tls-creds-x509,id=tls,endpoint=client,dir=/t -drive file.driver=nbd," in lines[1]
+    assert "file.server.port=5,file.export=vda,file.tls-creds=tls," in lines[1]
+    assert lines[2] == "  kernel     nbd-client localhost 5 /dev/nbd0 -name vda -cacertfile /t/ca-cert.pem"
+
+
 def test_a_comma_in_a_path_does_not_end_qemus_option() -> None:
     (line,) = [line for line in paste_lines(["vda"], Addresses((), ("/a,b",), "/c"), "f") if "QEMU" in line]
     assert "socket=/a,,b,file." in line

@@ -216,7 +216,7 @@ def test_exports_and_contexts_are_listed(libnbd: ModuleType, server: Server) -> 
     assert names == ["vda", "vda@s"]
     contexts: list[str] = []
     handle.opt_list_meta_context(contexts.append)
-    assert contexts == ["base:allocation", "qemu:allocation-depth", "fleecing:cluster-state"]
+    assert contexts == ["base:allocation", "qemu:allocation-depth", "fleecing:cluster-state", "fleecing:read-once"]
     handle.opt_info()
     assert handle.get_size() == SIZE
     handle.opt_abort()

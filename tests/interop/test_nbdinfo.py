@@ -59,7 +59,8 @@ def test_the_active_disk_offers_all_that_a_disk_can(server: Server) -> None:
 
 def test_a_snapshot_offers_trim_and_no_zeroing(server: Server) -> None:
     want = COMMON | {"export-name": "vda@s", "can_zero": False, "can_fast_zero": False}
-    want["contexts"] = ["base:allocation", "qemu:allocation-depth", "fleecing:cluster-state"]
+    contexts = ["base:allocation", "qemu:allocation-depth", "fleecing:cluster-state", "fleecing:read-once"]
+    want["contexts"] = contexts
     server.snapshot(name="s")
     for tcp in (False, True):
         found = info(server.uri("vda@s", tcp=tcp))

@@ -134,7 +134,7 @@ def test_each_flag_goes_with_its_commands_alone(limits: RequestLimits) -> None:
             assert accepted(limits, command, flag) == (command in commands), (flag, command)
 
 
-@pytest.mark.parametrize("bit", range(6, 16))
+@pytest.mark.parametrize("bit", range(6, 15))
 def test_unknown_flag_is_einval_and_named(bit: int) -> None:
     for command in set(Cmd) - {Cmd.DISC}:
         error, text = refusal(DISK, command, 1 << bit)
