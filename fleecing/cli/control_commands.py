@@ -10,7 +10,7 @@ import click
 from fleecing.block.copy_before_write import OnCbwError
 from fleecing.cli.control_client import ControlClient
 from fleecing.cli.output import fields, local_time, print_json, table
-from fleecing.cli.params import EXPORT, NAME, TEMP_LIMIT, control_option, json_option
+from fleecing.cli.params import EXPORT, NAME, NEW_LIMIT, TEMP_LIMIT, control_option, json_option
 from fleecing.control.models import DEFAULT_CBW_TIMEOUT
 from fleecing.errors import ControlError
 from fleecing.units import format_size
@@ -203,6 +203,24 @@ def show(*, which: tuple[str, str], control: str, as_json: bool) -> None:
         *(("uri", uri) for uri in s["uris"]),
     ]
     click.echo(fields(pairs))
+
+
+@snapshot.command("set", epilog="\b\nExample:\n  fleecing snapshot set vda@monday --temp-limit 40G\n")
+@click.argument("which", metavar="DISK@SNAPSHOT", type=EXPORT)
+@click.option("--temp-limit", type=NEW_LIMIT, required=True, help="Most temp space, as in 40G; none = no limit.")
+@control_option
+@json_option
+def set_(*, which: tuple[str, str], temp_limit: int, control: str, as_json: bool) -> None:
+    """Change the temp limit of a snapshot that is in use; a restart of the server keeps it.
+
+    It cannot go below what is in use: TRIM gives space back.
+    """
+    s = ControlClient(control).request("PATCH", snapshot_path(which), {"temp_limit": temp_limit or None})
+    if as_json:
+        print_json(s)
+        return
+    limit = "none" if s["temp"]["limit"] is None else format_size(s["temp"]["limit"])
+    click.echo(f"{s['export']}: temp limit {limit}, {format_size(s['temp']['used'])} in use", err=True)
 
 
 @snapshot.command(epilog="\b\nExample:\n  fleecing snapshot delete vda@monday\n")

@@ -38,6 +38,7 @@ ADDRESS = Checked("HOST:PORT", TcpAddress.parse)
 CLUSTER_SIZE = Checked("SIZE", lambda text: check_cluster_size(parse_size(text)))
 TEMP_LIMIT = Checked("SIZE", lambda text: check_temp_limit(parse_size(text)))
 TLS = click.Choice(["off", "allow", "require"])
+NEW_LIMIT = Checked("SIZE|none", lambda text: 0 if text == "none" else check_temp_limit(parse_size(text)))
 SOCKET = Checked("PATH", lambda text: check_socket_path(os.path.abspath(text)))
 
 

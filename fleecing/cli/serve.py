@@ -54,7 +54,12 @@ Examples:
 @click.option(
     "--state-dir", metavar="DIR", help="State folder; else /var/lib/fleecing as root, else $XDG_STATE_HOME/fleecing."
 )
-@click.option("--temp-dir", metavar="DIR", help="Folder for the temp files of snapshots; else the state folder.")
+@click.option(
+    "--temp-dir",
+    metavar="DIR",
+    multiple=True,
+    help="Folder for the temp files of snapshots; else the state folder. Of several, the one with the most free space.",
+)
 @click.option("--cluster-size", type=CLUSTER_SIZE, help="Unit of copying, 4K to 2M, a power of two; else 64K.")
 @click.option("--verbose", is_flag=True, help="Log every protocol message, too.")
 def serve(
@@ -128,7 +133,7 @@ def _described(settings: ServerSettings) -> str:
     lines = [f"listen     {_address(address)}{_tls(settings.tls_of(address))}" for address in settings.listen]
     lines += [f"unix       {path}{_tls(settings.tls_unix)}" for path in settings.unix]
     lines += [f"control    {settings.control}", f"state-dir  {settings.state_dir}"]
-    lines += [f"temp-dir   {settings.temp_dir or settings.state_dir}"]
+    lines += [f"temp-dir   {path}" for path in settings.temp_dir or [settings.state_dir]]
     for name, disk in settings.disk.items():
         lines.append(f"disk       {name}: {disk.path}, raw, clusters of {format_size(disk.cluster_size)}")
     return "\n".join(lines)

@@ -27,6 +27,7 @@ from fleecing.control.models import (
     JobList,
     MapPage,
     PushRequest,
+    SnapshotChange,
     SnapshotInfo,
     SnapshotList,
     SnapshotRequest,
@@ -84,6 +85,15 @@ class _Api:
                 problems=(400, 404, 409, 503, 507),
             ),
             Route("GET", _SNAPSHOT, self.show, "One snapshot", SnapshotInfo, problems=(404,)),
+            Route(
+                "PATCH",
+                _SNAPSHOT,
+                self.change,
+                "Change the temp limit of a snapshot, now and for later servers",
+                SnapshotInfo,
+                body=SnapshotChange,
+                problems=(400, 404, 409),
+            ),
             Route(
                 "DELETE",
                 _SNAPSHOT,
@@ -196,6 +206,15 @@ class _Api:
 
     async def show(self, request: web.Request) -> web.Response:
         return _answer(await asyncio.to_thread(self._reporter.snapshot, *_which(request)))
+
+    async def change(self, request: web.Request) -> web.Response:
+        disk, name = _which(request)
+        try:
+            wanted = SnapshotChange.model_validate_json(await request.read())
+        except ValidationError as e:
+            raise ControlError(400, explain(e)) from None
+        await asyncio.to_thread(self._manager.set_temp_limit, disk, name, wanted.temp_limit)
+        return _answer(await asyncio.to_thread(self._reporter.snapshot, disk, name))
 
     async def delete(self, request: web.Request) -> web.Response:
         disk, name = _which(request)

@@ -4,7 +4,7 @@ listen = ["127.0.0.1:10809"]            # none of the two: 127.0.0.1:10809 and n
 unix = ["/run/fleecing/nbd.sock"]
 control = "/run/fleecing/control.sock"
 state-dir = "/var/lib/fleecing"
-temp-dir = "/var/tmp/fleecing"          # none: temp files lie in the state folder
+temp-dir = "/var/tmp/fleecing"          # or several: ["/a", "/b"]; none: temp files lie in the state folder
 tls = "off"                             # TCP: off, allow, require; or one by one, as {address = ..., tls = ...}
 tls-unix = "off"                        # the same of the Unix sockets
 tls-dir = "/etc/fleecing/tls"           # server-cert.pem, server-key.pem, ca-cert.pem, ca-crl.pem
@@ -99,6 +99,10 @@ def _address(value: object) -> object:
     return TcpAddress.parse(value) if isinstance(value, str) else value
 
 
+def _one_or_several(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
 def _check_format(value: str) -> str:
     if value != "raw":
         raise ValueError(
@@ -129,7 +133,7 @@ class ServerSettings(_Settings):
     unix: tuple[SocketPath, ...] = ()
     control: SocketPath = Field(default_factory=default_control_path, validate_default=True)
     state_dir: AbsolutePath = Field(default_factory=default_state_dir)
-    temp_dir: AbsolutePath | None = None
+    temp_dir: Annotated[tuple[AbsolutePath, ...], BeforeValidator(_one_or_several)] = ()
     tls: TlsMode = TlsMode.OFF
     tls_unix: TlsMode = TlsMode.OFF
     tls_dir: AbsolutePath | None = None
@@ -220,8 +224,9 @@ def _root_paths(values: dict[str, Any], folder: str) -> None:
     for key in ("control", "state-dir", "temp-dir", "tls-dir"):
         if key in values:
             values[key] = rooted(values[key])
-    if isinstance(values.get("unix"), list):
-        values["unix"] = [rooted(path) for path in values["unix"]]
+    for key in ("unix", "temp-dir"):
+        if isinstance(values.get(key), list):
+            values[key] = [rooted(path) for path in values[key]]
     if isinstance(values.get("disk"), dict):
         for disk in values["disk"].values():
             if isinstance(disk, dict) and "path" in disk:

@@ -12,8 +12,8 @@ from fleecing.block.snapshot_access import SnapshotAccess
 from fleecing.control.checkpoint import CheckpointChain
 from fleecing.control.config import DiskSettings, ServerSettings
 from fleecing.control.identity import Keeper
-from fleecing.control.state import SnapshotRecord
-from fleecing.control.store import DiskFolder
+from fleecing.control.state import SnapshotRecord, write_json
+from fleecing.control.store import RECORD_NAME, DiskFolder
 from fleecing.errors import ConfigError, ImageError
 from fleecing.server.export import Export, active_export
 
@@ -54,6 +54,28 @@ class Snapshot:
     @property
     def name(self) -> str:
         return self.record.name
+
+    def set_temp_limit(self, limit: int | None) -> None:
+        """From now on and for later servers; bytes, None = no limit. Under `deletion`.
+
+        Raises ImageError where more is in use, and OSError; then all is as it was.
+        """
+        assert isinstance(self.node, SnapshotAccess)
+        record = self.record.model_copy(update={"temp_limit": limit})
+        path = self.disk.folder.snapshot_file(self.name, RECORD_NAME)
+        old = self.record.temp_limit
+        grows = limit is None or (old is not None and limit >= old)
+        if grows:
+            write_json(path, record)
+            self.node.set_temp_limit(limit)
+        else:
+            self.node.set_temp_limit(limit)  # looks whether it can be, and nothing grows beyond it meanwhile
+            try:
+                write_json(path, record)
+            except OSError:
+                self.node.set_temp_limit(old)
+                raise
+        self.record = record
 
 
 def open_image(name: str, settings: DiskSettings, server: ServerSettings) -> Disk:

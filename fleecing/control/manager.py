@@ -24,7 +24,7 @@ from fleecing.control.models import SnapshotRequest
 from fleecing.control.revival import revive_all
 from fleecing.control.store import RECORD_NAME
 from fleecing.control.ticker import Ticker
-from fleecing.errors import ConfigError, ControlError
+from fleecing.errors import ConfigError, ControlError, ImageError
 from fleecing.nbd.handshake import ExportInfo
 from fleecing.server.export import Export
 from fleecing.units import format_size
@@ -229,6 +229,29 @@ class Manager:
                 del self._snapshots[disk, name]
         log.info("snapshot %s deleted", snapshot.export.name)
         return True
+
+    def set_temp_limit(self, disk: str, name: str, limit: int | None) -> None:
+        """From now on and for later servers; bytes, None = no limit. Raises ControlError; then all is as it was."""
+        snapshot = self.snapshot(disk, name)
+        export = snapshot.export.name
+        with snapshot.deletion:
+            if snapshot.deleting:
+                raise ControlError(409, f"snapshot '{export}' is being deleted: make a new one with another limit")
+            if snapshot.node.broken is not None:
+                raise ControlError(
+                    409, f"snapshot '{export}' is broken, no temp space helps: {snapshot.node.broken}; delete it"
+                )
+            try:
+                snapshot.set_temp_limit(limit)
+            except ImageError as e:
+                raise ControlError(
+                    409, f"snapshot '{export}' keeps its temp limit: {e.text}; TRIM frees some"
+                ) from None
+            except OSError as e:
+                raise ControlError(
+                    500, f"snapshot '{export}' keeps its temp limit: its state folder takes no file: {e.strerror}"
+                ) from e
+        log.info("snapshot %s: temp limit %s", export, "none" if limit is None else format_size(limit))
 
     def delete_checkpoint(self, disk: str, name: str) -> bool:
         """Forget the checkpoint; no other one loses a change. False where there is none of that name.

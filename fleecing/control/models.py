@@ -81,6 +81,14 @@ class SnapshotRequest(_Model):
         return disks
 
 
+class SnapshotChange(_Model):
+    """Change a snapshot while it is in use."""
+
+    temp_limit: TempLimit | None = Field(
+        description="most bytes of temp space, or text as '10G', not below what is in use; null = no limit"
+    )
+
+
 class JobState(StrEnum):
     """RUNNING, or how it ended."""
 

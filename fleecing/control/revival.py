@@ -107,7 +107,21 @@ def make_snapshot(disk: Disk, record: SnapshotRecord, node: SnapshotAccess, bits
     """`bits`: the dirty bitmap that the export offers, one bit a cluster."""
     bitmap = None if bits is None or record.bitmap is None else Bitmap(record.bitmap, bits, record.cluster_size)
     export = snapshot_export(export_name(disk.name, record.name), _description(record), node, bitmap)
+    node.watch_temp(_report_pressure)
     return Snapshot(disk, record, node, export)
+
+
+def _report_pressure(node: SnapshotAccess) -> None:
+    """From any thread, once each time that the watermark is reached."""
+    if node.broken is None and node.temp_limit is not None:
+        log.warning(
+            "snapshot %s: temp is nearly full, %s of its limit of %s are in use; "
+            "`fleecing snapshot set %s --temp-limit SIZE` makes room",
+            node.name,
+            format_size(node.temp_used()),
+            format_size(node.temp_limit),
+            node.name,
+        )
 
 
 def _description(record: SnapshotRecord) -> str:

@@ -23,7 +23,7 @@ import fcntl
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fleecing.control.names import check_name
 from fleecing.control.paths import make_folder
@@ -47,17 +47,20 @@ _NAME_PART = 64
 class DiskFolder:
     """STATE/DISK, held for as long as the server runs."""
 
-    def __init__(self, state_dir: str, disk: str, temp_dir: str | None) -> None:
-        """Make and lock it. Raises ConfigError where it cannot be made or written, or another server holds it."""
+    def __init__(self, state_dir: str, disk: str, temp_dirs: Sequence[str]) -> None:
+        """Make and lock it; no `temp_dirs` = temp files lie in the snapshots' folders.
+
+        Raises ConfigError where it cannot be made or written, or another server holds it.
+        """
         self.disk = disk
         self.path = os.path.join(state_dir, disk)
         self.snapshots = os.path.join(self.path, "snapshots")
         self.checkpoints = os.path.join(self.path, "checkpoints")
-        self.temp_dir = temp_dir
+        self._temp_dirs = [os.path.abspath(path) for path in temp_dirs]
         make_folder(self.snapshots, "state folder")
         make_folder(self.checkpoints, "state folder")
-        if temp_dir is not None:
-            make_folder(temp_dir, "temp folder")
+        for path in self._temp_dirs:
+            make_folder(path, "temp folder")
         self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,18 +78,21 @@ class DiskFolder:
             os.close(fd)
 
     def temp_location(self) -> str:
-        """The folder whose free space the temp files use."""
-        return self.temp_dir or self.snapshots
+        """The folder where the next temp file goes: the one with the most free space.
+
+        One that does not tell (its disk is gone) is passed over; where none does it is the first.
+        """
+        return max(self._temp_dirs, key=_free, default=self.snapshots)
 
     def add_snapshot(self, name: str) -> str:
         """Make the snapshot's folder; returns the path where its temp file may be made. Raises OSError."""
         folder = os.path.join(self.snapshots, name)
         os.mkdir(folder, 0o700)
         path = os.path.join(folder, TEMP_NAME)
-        if self.temp_dir is None:
+        if not self._temp_dirs:
             return path
         file_name = f"{self.disk[:_NAME_PART]}@{name[:_NAME_PART]}-{secrets.token_hex(4)}.qcow2"
-        target = os.path.join(os.path.abspath(self.temp_dir), file_name)
+        target = os.path.join(self.temp_location(), file_name)
         try:
             os.symlink(target, path)
         except OSError:
@@ -161,6 +167,15 @@ class DiskFolder:
                 yield check_name(entry.name)
             except ValueError:
                 continue
+
+
+def _free(folder: str) -> int:
+    """Bytes that this user may take there, -1 = nobody knows."""
+    try:
+        space = os.statvfs(folder)
+    except OSError:
+        return -1
+    return space.f_bavail * space.f_frsize
 
 
 def _unlink_regular(path: str) -> int:

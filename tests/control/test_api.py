@@ -199,6 +199,7 @@ def test_the_document_describes_every_call_and_resolves(server: Server) -> None:
         ("get", "/v1/snapshots"),
         ("post", "/v1/snapshots"),
         ("get", one),
+        ("patch", one),
         ("delete", one),
         ("get", f"{one}/map"),
         ("get", "/v1/checkpoints"),

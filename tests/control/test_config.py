@@ -37,7 +37,7 @@ def write(folder: Path, text: str) -> str:
 def test_a_full_file_is_read(tmp_path: Path) -> None:
     settings = read_config(write(tmp_path, FULL))
     assert [str(address) for address in settings.listen] == ["127.0.0.1:10810", "[::1]:0"]
-    assert settings.temp_dir == "/var/tmp/f"
+    assert settings.temp_dir == ("/var/tmp/f",)
     assert settings.drain_seconds == 3
     assert list(settings.disk) == ["vda", "vdb"]
     assert settings.disk["vda"].cluster_size == 128 * KiB
@@ -50,6 +50,11 @@ def test_relative_paths_start_at_the_files_folder(tmp_path: Path) -> None:
     assert settings.disk["vdb"].path == "/dev/vdb"
     assert settings.unix == (str(tmp_path / "nbd.sock"),)
     assert settings.state_dir == str(tmp_path / "state")
+
+
+def test_there_may_be_several_temp_folders(tmp_path: Path) -> None:
+    settings = read_config(write(tmp_path, FULL.replace('"/var/tmp/f"', '["/a", "b"]')))
+    assert settings.temp_dir == ("/a", str(tmp_path / "b"))
 
 
 def test_without_listeners_both_defaults_are_taken() -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from bitarray import bitarray
 
@@ -63,6 +63,7 @@ class TempImage:
         self._entries = mapping.entries
         self._dropped = False  # set once, under the lock
         self._punch_failed = False
+        self._on_pressure: Callable[[], None] | None = None
 
     @classmethod
     def create(
@@ -117,7 +118,37 @@ class TempImage:
         with self._lock:
             self._check_not_dropped()
             runs = self._refcounts.take(count)
+        if self._refcounts.alarm:
+            self._tell_pressure()
         return [(start << self._bits, n) for start, n in runs]
+
+    def watch(self, on_pressure: Callable[[], None]) -> None:
+        """Call it once each time that the use comes up to HIGH_PERCENT of the limit, at once if it is there already.
+
+        It is called without the lock, by the thread that takes the space.
+        """
+        self._on_pressure = on_pressure
+        if self._refcounts.alarm:
+            self._tell_pressure()
+
+    def set_limit(self, limit: int | None) -> None:
+        """From now on; bytes, metadata included, None = no limit. ImageError where more is in use than it allows."""
+        with self._lock:
+            if limit is not None and limit < self.used_bytes:
+                raise ImageError(
+                    self.path, -1, f"a temp limit of {limit} bytes is below the {self.used_bytes} bytes that are in use"
+                )
+            self._refcounts.set_limit(limit)
+        if self._refcounts.alarm:
+            self._tell_pressure()
+
+    def _tell_pressure(self) -> None:
+        with self._lock:
+            call = self._on_pressure if self._refcounts.alarm else None
+            if call is not None:
+                self._refcounts.alarm = False
+        if call is not None:
+            call()
 
     def link(self, first: int, host_offset: int, count: int) -> None:
         """Map `count` unmapped guest clusters to placed clusters whose data is written.
@@ -239,6 +270,7 @@ class TempImage:
 
     def close(self) -> None:
         """Give the file back; once is enough."""
+        self._on_pressure = None  # it may hold what holds this image, and nobody collects such rings soon
         self.file.close()
 
     def drop(self) -> None:

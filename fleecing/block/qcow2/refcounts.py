@@ -17,9 +17,16 @@ from fleecing.block.qcow2 import layout
 from fleecing.block.qcow2.free_runs import FreeRuns
 from fleecing.block.qcow2.geometry import Geometry
 from fleecing.errors import TempLimitReached
+from fleecing.units import div_up
 
 ClusterRuns = list[tuple[int, int]]
 """(first host cluster, clusters), clusters above 0."""
+
+HIGH_PERCENT = 80
+"""Of the limit: the use from which on its owner should hear of it."""
+
+LOW_PERCENT = 70
+"""Below this the next time counts as new; a use that sways around the watermark is told once."""
 
 
 class Refcounts:
@@ -39,12 +46,22 @@ class Refcounts:
         self._blocks = blocks
         self._frontier = frontier
         self._capacity = geometry.capacity
-        self._limit_bytes = geometry.capacity * geometry.cluster_size if limit is None else limit
-        self._limit = self._limit_bytes // geometry.cluster_size
+        self.alarm = False  # `used` has come up to the watermark: to be told, and unset, by whoever holds the lock
+        self.set_limit(limit)
         self._free = FreeRuns()
         # Clusters that an L2 entry in the file may still name since neither linking nor undoing it worked. They stay
         # counted and are never reused.
         self._doubtful: set[int] = set()
+
+    def set_limit(self, limit: int | None) -> None:
+        """From now on. A limit below what is in use takes nothing away; there is no more to be had, then."""
+        self._limit_bytes = self._capacity * self._cluster_size if limit is None else limit
+        self._limit = self._limit_bytes // self._cluster_size
+        self._high, self._low = self._capacity + 1, 0  # no limit, no watermark
+        if limit is not None:
+            self._high, self._low = div_up(self._limit * HIGH_PERCENT, 100), self._limit * LOW_PERCENT // 100
+        self.alarm = self._told = False
+        self._watch()
 
     def need(self, count: int) -> None:
         """Raise TempLimitReached where `count` more clusters are not to be had."""
@@ -83,6 +100,8 @@ class Refcounts:
         for start, count in runs:
             self._free.add(start, count)
             self.used -= count
+        if self.used < self._low:
+            self.alarm = self._told = False
 
     def add_free(self, runs: Iterable[tuple[int, int]]) -> None:
         """Clusters before the frontier that were found free."""
@@ -119,6 +138,12 @@ class Refcounts:
         self.used += count
         if self.used > self.peak:
             self.peak = self.used
+        if self.used >= self._high:
+            self._watch()
+
+    def _watch(self) -> None:
+        if self.used >= self._high and not self._told:
+            self.alarm = self._told = True
 
     def _beyond(self, count: int) -> tuple[ClusterRuns, list[int], int]:
         """`count` clusters from the frontier on, the ranges whose blocks take their place there, the new frontier."""
