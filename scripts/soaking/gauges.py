@@ -13,8 +13,9 @@ from pathlib import Path
 
 from fleecing.units import KiB, MiB, format_size
 
-MEMORY_SHARE, MEMORY_EXTRA = 0.15, 16 * MiB
-"""The resident memory of a process may end so much above that of its first rest: allocators keep what they had."""
+MEMORY_SHARE, MEMORY_EXTRA = 0.15, 32 * MiB
+"""The resident memory of a process may end so much above that of its first rest: allocators keep what they had, and
+each thread that copies for guests takes a MiB at its first copy, some twenty in all."""
 
 THREADS_EXTRA = 6
 """The event loop's executor starts threads as calls come at once, six on two processors, and keeps them."""

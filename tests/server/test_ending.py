@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 
 from fleecing.nbd.constants import Cmd, ReplyMode
@@ -51,6 +54,21 @@ def test_a_client_may_vanish_without_reading_its_replies(disk: Disk, line: MakeL
         client = line(disk.export, mode, buffer=4 * KiB)
         client.send(*[client.request(Cmd.READ, 0, length) for _ in range(20)])
         client.hang_up()
+
+
+def test_a_connection_goes_with_its_buffers_and_its_export(disk: Disk, mode: ReplyMode) -> None:
+    """Not when the garbage collector comes by: it holds 1.5 MiB, and the files of a snapshot that is deleted."""
+    gc.disable()
+    try:
+        client = Line(disk.export, mode)
+        assert client.ask(Cmd.WRITE, 0, payload=b"x").error == 0
+        client.end()
+        client.connection._thread.join(SECONDS)
+        connection = weakref.ref(client.connection)
+        del client.connection
+        assert connection() is None
+    finally:
+        gc.enable()
 
 
 def test_a_client_may_vanish_at_once(disk: Disk, line: MakeLine, mode: ReplyMode) -> None:
