@@ -41,7 +41,7 @@ TRIM_STEP = 1 << 14
 """Clusters that a trim changes under the lock at once, so that guest copies get their turn in between."""
 
 STATUS_STEP = 1 << 10
-"""Runs of the active image looked at between two looks at `done`."""
+"""Runs of the active image looked at between two looks at `done`, and looks that make a reply's last run longer."""
 
 
 class SnapshotAccess(Node):
@@ -222,7 +222,10 @@ class SnapshotAccess(Node):
         clusters.check_readable(offset, length)
         runs: Runs = []
         position, end = offset, offset + length
-        while position < end and len(runs) < max_runs:
+        looks = STATUS_STEP
+        while position < end and len(runs) <= max_runs and looks:
+            if len(runs) == max_runs:
+                looks -= 1  # the last run may go on in the next cluster, which lies in the other file
             cluster = position >> clusters.shift
             last = clusters_touched(position, end - position, clusters.cluster_size)[1]
             if clusters.done[cluster]:
@@ -237,7 +240,7 @@ class SnapshotAccess(Node):
             else:
                 position = self._source_status(position, end, runs, min(STATUS_STEP, max_runs))
         clusters.check_readable(offset, length)
-        return runs
+        return runs[:max_runs]
 
     def _source_status(self, position: int, end: int, runs: Runs, max_runs: int) -> int:
         """Add runs of the active image from `position` on, up to the next cluster that is `done`; returns their end."""

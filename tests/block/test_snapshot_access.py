@@ -136,6 +136,20 @@ def test_block_status_still_knows_holes_behind_a_copied_cluster(make_rig: MakeRi
     assert snapshot.block_status(0, 2 * SIZE) == [(SIZE, Allocation.DATA), (SIZE, Allocation.HOLE_ZERO)]
 
 
+def test_one_run_of_block_status_goes_on_over_clusters_of_both_files(make_rig: MakeRig) -> None:
+    """qemu-img convert asks for one run at a time: it would ask for every cluster of a busy disk."""
+    rig = make_rig(OLD + bytes(CLUSTER) + OLD)
+    rig.disk.write_zeroes(SIZE, CLUSTER)
+    snapshot, _ = rig.snapshot()
+    for n in (1, 2, 5, 7):
+        rig.disk.write(n * CLUSTER, NEW[:100])
+    assert snapshot.block_status(100, SIZE + 500, 1) == [(SIZE - 100, Allocation.DATA)]
+    rig.disk.write(SIZE, b"new")
+    assert snapshot.block_status(100, SIZE + 500, 1) == [(SIZE - 100, Allocation.DATA)]
+    assert snapshot.block_status(SIZE, SIZE, 1) == [(CLUSTER, Allocation.HOLE_ZERO)]
+    assert snapshot.block_status(0, 2 * SIZE, 2) == [(SIZE, Allocation.DATA), (CLUSTER, Allocation.HOLE_ZERO)]
+
+
 def test_block_status_tells_zero_clusters_of_temp_and_holes_of_the_image(make_rig: MakeRig) -> None:
     rig = make_rig(OLD[:CLUSTER] + bytes(2 * CLUSTER) + OLD[: 5 * CLUSTER])
     rig.disk.discard(CLUSTER, 2 * CLUSTER)
