@@ -160,7 +160,7 @@ class BlockCopy:
     def _save_data(self, task: _Task, *, waiting: bool) -> bool:
         cluster_size = self.clusters.cluster_size
         count = task.end - task.first
-        buffer = _buffer(max(MAX_TASK, cluster_size))
+        buffer = _buffer(count * cluster_size)
         offset = task.first * cluster_size
         length = min(task.end * cluster_size, self.clusters.size) - offset
         with memoryview(buffer) as view:

@@ -76,7 +76,7 @@ class Connection:
         self._on_close = on_close
         receipts = export.receipts(name for _, name in agreement.contexts)
         self._out = Outbox(sock) if receipts is None else TellingOutbox(sock, receipts.sent)
-        self._service = Service(agreement, export, self._out, budget, self._hand_over, receipts)
+        self._service = Service(agreement, export, self._out, budget, receipts)
         self._buffer = bytearray(RECEIVE_SIZE)
         self._view = memoryview(self._buffer)
         self._view[: len(leftover)] = leftover
@@ -263,7 +263,7 @@ class Connection:
         self._start += whole
         data = self._view[begin : begin + payload]
         if command == _WRITE:
-            self._service.write(flags, cookie, offset, data)
+            self._service.write(flags, cookie, offset, data, self._hand_over)
         else:
             self._service.serve(command, flags, cookie, offset, length, data)
         return True

@@ -56,13 +56,9 @@ class Service:
         export: Export,
         out: Outbox,
         budget: Budget,
-        hand_over: Callable[[], None],
         receipts: Receipts | None = None,
     ) -> None:
-        """`hand_over` has a fresh thread serve the connection from here on, in the place of one that hangs.
-
-        `receipts`: what is sent once and trimmed then, where the client asked for that.
-        """
+        """`receipts`: what is sent once and trimmed then, where the client asked for that."""
         self.requests = 0
         self.bytes_read = 0
         self.bytes_written = 0
@@ -77,7 +73,6 @@ class Service:
         self._submit_trim = export.submit_trim
         self._out = out
         self._budget = budget
-        self._hand_over = hand_over
         self._held = threading.Condition()
         self._held_requests = 0  # under _held, as is the next
         self._held_bytes = 0
@@ -145,8 +140,11 @@ class Service:
 
     # WRITE.
 
-    def write(self, flags: int, cookie: int, offset: int, data: memoryview) -> None:
-        """A WRITE whose payload is all there. `data` is not used any more when this returns."""
+    def write(self, flags: int, cookie: int, offset: int, data: memoryview, hand_over: Callable[[], None]) -> None:
+        """A WRITE whose payload is all there. `data` is not used any more when this returns.
+
+        `hand_over` has a fresh thread serve the connection from here on, in the place of this one where it hangs.
+        """
         self.requests += 1
         length = len(data)
         try:
@@ -154,7 +152,7 @@ class Service:
             changes = self._changes
             assert changes is not None  # a snapshot's limits let no WRITE through
             if not changes.write_now(offset, data) and not changes.write_saving(
-                offset, data, lambda: self._go_on_without(flags, cookie, offset, length)
+                offset, data, lambda: self._go_on_without(flags, cookie, offset, length, hand_over)
             ):
                 held = bytes(data)
                 done = self._when_done(cookie, offset, f"WRITE of {length} bytes at {offset}", flags=flags, held=length)
@@ -167,7 +165,7 @@ class Service:
         except Exception as e:
             self.refuse(cookie, offset, answer_to(e, f"WRITE of {length} bytes at {offset}"))
 
-    def _go_on_without(self, flags: int, cookie: int, offset: int, length: int) -> Done:
+    def _go_on_without(self, flags: int, cookie: int, offset: int, length: int, hand_over: Callable[[], None]) -> Done:
         """The connection's thread hangs in saving what this WRITE overwrites: answer it later, serve the next now.
 
         Called by another thread. The payload is held without waiting for room: this happens once until that thread is
@@ -178,7 +176,7 @@ class Service:
             self._held_bytes += length
         self.bytes_written += length
         done = self._answering(cookie, offset, f"WRITE of {length} bytes at {offset}", flags, length)
-        self._hand_over()
+        hand_over()
         return done
 
     def begin_long_write(self, command: int, flags: int, cookie: int, offset: int, length: int) -> LongWrite:
