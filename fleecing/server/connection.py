@@ -159,7 +159,6 @@ class Connection:
     def _close(self) -> None:
         """Let the waiting requests end and answer, then hang up."""
         self._service.wait_idle()
-        self._service.end()
         self._out.settle()
         if isinstance(self._sock, TlsSocket):
             self._sock.end()

@@ -134,10 +134,6 @@ class Service:
         with self._held:
             self._held.wait_for(lambda: not self._held_requests)
 
-    def end(self) -> None:
-        """Nothing comes any more: let go of the connection, which goes with its buffers when its last user does."""
-        self._hand_over = _nobody
-
     # WRITE.
 
     def write(self, flags: int, cookie: int, offset: int, data: memoryview, hand_over: Callable[[], None]) -> None:
@@ -352,7 +348,3 @@ class LongWrite:
             service._changes.submit_flush(service._when_done(self._cookie, self._offset, self._doing))
         else:
             service._done(self._cookie, self._offset)
-
-
-def _nobody() -> None:
-    raise AssertionError("a connection that is closed is to be handed over")
