@@ -17,12 +17,13 @@ from fleecing.block.extent import MAX_RUNS, ClusterState
 from fleecing.cli.main import main
 from fleecing.control import creation, manager, paths, sockets
 from fleecing.control.api import make_app
-from fleecing.control.config import DEFAULT_PORT, DiskSettings, ServerSettings
+from fleecing.control.config import DEFAULT_PORT, DiskSettings, LimitSettings, ServerSettings
 from fleecing.control.jobs import Jobs
 from fleecing.control.models import DEFAULT_CBW_TIMEOUT
 from fleecing.control.names import NAME_RULE
 from fleecing.control.report import Reporter
-from fleecing.server import export, listener, meta_context, service
+from fleecing.server import export, meta_context
+from fleecing.server.limits import Limits
 from fleecing.units import KiB, format_size
 from tests.console import read_blocks
 from tests.images import MIB, make_image
@@ -79,7 +80,8 @@ def test_the_rule_of_names_is_that_of_the_code() -> None:
 def test_the_configuration_is_complete() -> None:
     keys = rows("Configuration")
     known = [field.alias for model in (ServerSettings, DiskSettings) for field in model.model_fields.values()]
-    assert list(keys) == ["[disk.NAME]" if key == "disk" else key for key in known]
+    tables = {"disk": "[disk.NAME]", "limits": "[limits]"}
+    assert list(keys) == [tables.get(str(key), key) for key in known]
     assert f"127.0.0.1:{DEFAULT_PORT}" in keys["listen"]
     assert keys["drain-seconds"] == f"{ServerSettings.model_fields['drain_seconds'].default:g}"
     assert keys["cluster-size"] == f"{DiskSettings(path='/x').cluster_size // KiB}K"
@@ -116,16 +118,25 @@ def test_the_states_of_clusters_are_those_of_the_code() -> None:
 
 
 def test_the_limits_are_those_of_the_code() -> None:
+    limits = Limits()
     assert list(rows("Limits").values()) == [
-        f"{listener.MAX_CLIENTS}",
-        f"{listener.HANDSHAKE_SECONDS:g} s",
+        f"{limits.clients}",
+        "none",
+        f"{limits.handshake_seconds:g} s",
+        f"{limits.requests_in_flight}",
+        format_size(limits.bytes_in_flight),
+        format_size(limits.read_memory),
+        f"{limits.send_seconds:g} s",
+        f"{limits.keepalive_seconds:g} s",
         format_size(export.MAXIMUM_PAYLOAD),
-        f"{service.HELD_REQUESTS}, with {format_size(service.HELD_BYTES)} of payload",
         "4 KiB to 2 MiB",
         f"{manager.DRAIN_SECONDS:g} s, then it is refused",
         f"{creation.REMOVE_SECONDS:g} s, then ask again",
         f"{sockets.MAX_PATH} bytes",
     ]
+    assert {cells[1].strip("`") for cells in table("Limits")} - {""} == {
+        field.alias for field in LimitSettings.model_fields.values()
+    }
     assert f"The default of {DEFAULT_CBW_TIMEOUT:g} is below" in WORDS
     assert f"more than {MAX_RUNS:,} runs" in WORDS
 

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from fleecing.cli.output import print_json
-from fleecing.cli.params import ADDRESS, CLUSTER_SIZE, NAME, SOCKET, TLS, json_option
+from fleecing.cli.params import ADDRESS, CLUSTER_SIZE, LIMIT, NAME, SOCKET, TLS, json_option
 from fleecing.control import daemon
 from fleecing.control.activation import take_sockets
 from fleecing.control.config import ServerSettings, TcpAddress, make_settings, read_config
@@ -61,6 +61,12 @@ Examples:
     help="Folder for the temp files of snapshots; else the state folder. Of several, the one with the most free space.",
 )
 @click.option("--cluster-size", type=CLUSTER_SIZE, help="Unit of copying, 4K to 2M, a power of two; else 64K.")
+@click.option(
+    "--limit",
+    type=LIMIT,
+    multiple=True,
+    help="A limit of NBD clients, as in clients=100 or send-seconds=30; check-config FILE --json shows them all.",
+)
 @click.option("--verbose", is_flag=True, help="Log every protocol message, too.")
 def serve(
     *,
@@ -81,6 +87,7 @@ def serve(
     for_image = {"path": image, "format": image_format, "cluster-size": cluster_size}
     inherited = take_sockets()
     activated = bool(inherited.nbd)
+    options["limits"] = dict(options.pop("limit")) or None
     if config is not None:
         if image is not None or name is not None or any(value is not None for value in for_image.values()):
             raise click.UsageError(

@@ -12,6 +12,9 @@ tls-verify-client = false               # whether clients must have a certificat
 insecure-listen = false                 # whether TCP may be open to more than this machine without TLS
 drain-seconds = 10                      # how long requests in flight may take when the server stops
 
+[limits]                                # of NBD clients
+clients = 1024
+
 [disk.vda]
 path = "/srv/vda.img"                   # relative paths start at the folder of this file
 format = "raw"
@@ -37,13 +40,17 @@ from pydantic import (
     model_validator,
 )
 
-from fleecing.control.fields import DEFAULT_CLUSTER, ClusterSize, Name
+from fleecing.control.fields import DEFAULT_CLUSTER, ClusterSize, Name, Size
 from fleecing.control.paths import default_control_path, default_state_dir, default_unix_path
 from fleecing.control.sockets import check_socket_path
 from fleecing.errors import ConfigError
 from fleecing.nbd.conversation import TlsMode
+from fleecing.server.limits import LEAST_IN_FLIGHT, LEAST_READ_MEMORY, Limits
+from fleecing.units import format_size
 
 DEFAULT_PORT = 10809
+
+_LIMITS = Limits()
 
 _PLAIN = {"missing": "is missing", "extra_forbidden": "is no known setting", "too_short": "there must be at least one"}
 
@@ -99,6 +106,15 @@ def _address(value: object) -> object:
     return TcpAddress.parse(value) if isinstance(value, str) else value
 
 
+def _at_least(least: int) -> AfterValidator:
+    def check(value: int) -> int:
+        if value < least:
+            raise ValueError(f"{format_size(value)} is too little: give {format_size(least)} or more")
+        return value
+
+    return AfterValidator(check)
+
+
 def _one_or_several(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
@@ -126,6 +142,23 @@ class DiskSettings(_Settings):
     cluster_size: ClusterSize = DEFAULT_CLUSTER
 
 
+class LimitSettings(_Settings):
+    """What NBD clients may have: the fields of `Limits`, checked."""
+
+    handshake_seconds: float = Field(default=_LIMITS.handshake_seconds, gt=0, le=3600)
+    clients: int = Field(default=_LIMITS.clients, ge=1, le=100_000)
+    clients_per_address: int = Field(default=_LIMITS.clients_per_address, ge=0, le=100_000)
+    requests_in_flight: int = Field(default=_LIMITS.requests_in_flight, ge=1, le=4096)
+    bytes_in_flight: Annotated[Size, _at_least(LEAST_IN_FLIGHT)] = _LIMITS.bytes_in_flight
+    read_memory: Annotated[Size, _at_least(LEAST_READ_MEMORY)] = _LIMITS.read_memory
+    send_seconds: float = Field(default=_LIMITS.send_seconds, ge=0, le=86400)
+    keepalive_seconds: float = Field(default=_LIMITS.keepalive_seconds, ge=0, le=86400)
+
+    def limits(self) -> Limits:
+        """For the server."""
+        return Limits(**self.model_dump())
+
+
 class ServerSettings(_Settings):
     """All of a server's settings, complete: defaults are filled in."""
 
@@ -140,6 +173,7 @@ class ServerSettings(_Settings):
     tls_verify_client: bool = False
     insecure_listen: bool = False
     drain_seconds: float = Field(default=10.0, ge=0, le=3600)
+    limits: LimitSettings = LimitSettings()
     disk: dict[Name, DiskSettings] = Field(min_length=1)
 
     @model_validator(mode="before")
@@ -201,7 +235,7 @@ def make_settings(values: dict[str, Any], source: str, *, activated: bool = Fals
 
 
 def read_config(path: str, changes: dict[str, Any] | None = None, *, activated: bool = False) -> ServerSettings:
-    """The settings of a TOML file; `changes` replace its top-level entries. Raises ConfigError.
+    """The settings of a TOML file; `changes` replace its top-level entries, and single `limits`. Raises ConfigError.
 
     Relative paths in the file start at the file's folder, those in `changes` at the current one.
     """
@@ -212,7 +246,10 @@ def read_config(path: str, changes: dict[str, Any] | None = None, *, activated: 
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ConfigError(f"configuration {path} is no TOML: {e}") from None
     _root_paths(values, os.path.dirname(os.path.abspath(path)))
-    return make_settings(values | (changes or {}), f"configuration {path}", activated=activated)
+    changes = dict(changes or {})
+    if isinstance(values.get("limits"), dict):
+        changes["limits"] = values["limits"] | changes.get("limits", {})
+    return make_settings(values | changes, f"configuration {path}", activated=activated)
 
 
 def _root_paths(values: dict[str, Any], folder: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import resource
@@ -27,7 +28,8 @@ from fleecing.control.report import Reporter
 from fleecing.control.sockets import bind_tcp, bind_unix, remove_socket
 from fleecing.errors import ConfigError
 from fleecing.nbd.handshake import TlsMode
-from fleecing.server.listener import MAX_CLIENTS, NbdServer
+from fleecing.server.limits import Limits
+from fleecing.server.listener import NbdServer
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ async def _serve(settings: ServerSettings, program: str, announce: Callable[[str
         life.callback(notifier.close)
         manager = await asyncio.to_thread(Manager, settings)
         life.push_async_callback(asyncio.to_thread, manager.close)
-        server = NbdServer(manager, max_clients=_room_for_clients())
+        server = NbdServer(manager, limits=_within_reach(settings.limits.limits()))
         life.push_async_callback(server.close, settings.drain_seconds)
         if certificates is not None:
             server.tls_context = certificates.load()
@@ -128,18 +130,18 @@ async def _reload_each_time(asked: asyncio.Event, certificates: Certificates | N
             log.info("certificates read again from %s", certificates.folder)
 
 
-def _room_for_clients() -> int:
-    """How many NBD clients there may be: a crowd of them must not take the descriptors that the operator needs.
+def _within_reach(limits: Limits) -> Limits:
+    """With as many clients as may be: a crowd of them must not take the descriptors that the operator needs.
 
     Shells and systemd start a program with a soft limit of 1024 that it may raise by itself.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_CLIENTS + FREE_FILES
+    wanted = limits.clients + FREE_FILES
     if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return MAX_CLIENTS
+        return limits
     soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return max(soft - FREE_FILES, soft // 4)
+    return dataclasses.replace(limits, clients=min(limits.clients, max(soft - FREE_FILES, soft // 4)))
 
 
 def _listen(settings: ServerSettings, server: NbdServer, life: AsyncExitStack, inherited: Inherited) -> Addresses:

@@ -15,7 +15,7 @@ request on, and the old one ends when its call comes back (`Superseded`).
 A READ goes straight into the memory that is sent, behind the place of its header. It must be copied there: pages of the
 active image handed to the socket by reference (sendfile, splice) would show later guest writes.
 
-The memory of a connection is fixed: its two buffers, HELD_BYTES of payloads for the waiting requests, and for a client
+The memory of a connection is fixed: its two buffers, the limited payloads of the waiting requests, and for a client
 without structured replies one READ of up to the maximum payload, out of a budget shared by all.
 """
 
@@ -33,6 +33,7 @@ from fleecing.nbd.handshake import Agreement
 from fleecing.nbd.transmission import EXTENDED_REQUEST, REQUEST, data_header, payload_length
 from fleecing.server.budget import Budget
 from fleecing.server.export import MAXIMUM_PAYLOAD, Export, answer_to
+from fleecing.server.limits import Limits
 from fleecing.server.outbox import GATHER, LARGEST_PIECE, Outbox, TellingOutbox
 from fleecing.server.service import Service
 from fleecing.server.tls import Stream, TlsSocket
@@ -62,6 +63,7 @@ class Connection:
         *,
         budget: Budget,
         on_close: Callable[[Connection], None],
+        limits: Limits | None = None,
     ) -> None:
         self.peer = peer
         self.export = export
@@ -76,7 +78,7 @@ class Connection:
         self._on_close = on_close
         receipts = export.receipts(name for _, name in agreement.contexts)
         self._out = Outbox(sock) if receipts is None else TellingOutbox(sock, receipts.sent)
-        self._service = Service(agreement, export, self._out, budget, receipts)
+        self._service = Service(agreement, export, self._out, budget, receipts, limits or Limits())
         self._buffer = bytearray(RECEIVE_SIZE)
         self._view = memoryview(self._buffer)
         self._view[: len(leftover)] = leftover
@@ -160,6 +162,8 @@ class Connection:
         """Let the waiting requests end and answer, then hang up."""
         self._service.wait_idle()
         self._out.settle()
+        if self._out.stuck:
+            log.info("client %s of %s dropped: it does not read what is sent to it", self.peer, self.export_name)
         if isinstance(self._sock, TlsSocket):
             self._sock.end()
         self._shutdown(socket.SHUT_RDWR)

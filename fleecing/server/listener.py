@@ -10,6 +10,7 @@ import asyncio
 import logging
 import socket
 import ssl
+import struct
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -17,21 +18,19 @@ from fleecing.errors import ProtocolError
 from fleecing.nbd.handshake import ExportCatalog, ServerHandshake, TlsMode
 from fleecing.server.budget import Budget
 from fleecing.server.connection import Connection
-from fleecing.server.export import MAXIMUM_PAYLOAD, Export
+from fleecing.server.door import Door
+from fleecing.server.export import Export
+from fleecing.server.limits import Limits
 from fleecing.server.tls import Stream, TlsSocket
 from fleecing.units import KiB
 
 log = logging.getLogger(__name__)
 
-HANDSHAKE_SECONDS = 10.0
-MAX_CLIENTS = 1024
-"""Clients at a time, in the handshake and after it; the next is turned away."""
-
 SEND_BUFFER = 416 * KiB
 """Asked for as SO_SNDBUF: replies are gathered to pieces of that order, and go out in one call when they fit."""
 
 _RECEIVE = 64 * KiB
-_BUDGET = 4 * MAXIMUM_PAYLOAD
+_PROBES = 5
 
 
 class Catalog(ExportCatalog, Protocol):
@@ -48,8 +47,7 @@ class NbdServer:
         self,
         catalog: Catalog,
         *,
-        handshake_seconds: float = HANDSHAKE_SECONDS,
-        max_clients: int = MAX_CLIENTS,
+        limits: Limits | None = None,
         tls_mode: TlsMode = TlsMode.OFF,
         tls_context: ssl.SSLContext | None = None,
     ) -> None:
@@ -57,12 +55,11 @@ class NbdServer:
         self._catalog = catalog
         self._tls_mode = tls_mode
         self.tls_context = tls_context  # may be replaced at any time: later clients get the new one
-        self._handshake_seconds = handshake_seconds
-        self._max_clients = max_clients
-        self._budget = Budget(_BUDGET)
+        self._limits = limits or Limits()
+        self._door = Door(self._limits)
+        self._budget = Budget(self._limits.read_memory)
         self._listeners: list[socket.socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._clients = 0
         self._connections: set[Connection] = set()
         self._idle = asyncio.Event()  # no connections
         self._idle.set()
@@ -120,31 +117,30 @@ class NbdServer:
                 await asyncio.sleep(0.1)
                 continue
             peer = _peer_name(listener, address)
-            if self._clients >= self._max_clients:
-                log.warning("client %s turned away: %d clients are connected", peer, self._clients)
+            ip = address[0] if isinstance(address, tuple) else ""
+            if self._door.enter(peer, ip):
+                self._own(loop.create_task(self._welcome(sock, peer, ip, tls)))
+            else:
                 sock.close()
-                continue
-            self._clients += 1
-            self._own(loop.create_task(self._welcome(sock, peer, tls)))
 
-    async def _welcome(self, sock: socket.socket, peer: str, tls: TlsMode) -> None:
+    async def _welcome(self, sock: socket.socket, peer: str, ip: str, tls: TlsMode) -> None:
         """The handshake; on success the socket goes to a connection, else it is closed."""
         connection = None
         try:
-            connection = await self._haggle(sock, peer, tls)
+            connection = await self._haggle(sock, peer, ip, tls)
             if connection is not None and not self._start(connection):
                 connection = None
         except ProtocolError as e:
             log.info("client %s dropped in the handshake: %s", peer, e)
         except TimeoutError:
-            log.info("client %s dropped: no end of the handshake in %g s", peer, self._handshake_seconds)
+            log.info("client %s dropped: no end of the handshake in %g s", peer, self._limits.handshake_seconds)
         except OSError as e:
             log.debug("x %s in the handshake: %s", peer, e)
         except Exception:
             log.exception("client %s dropped in the handshake", peer)
         finally:
             if connection is None:
-                self._clients -= 1
+                self._door.leave(ip)
                 sock.close()
         if connection is not None:
             log.info("client %s opened %s", peer, connection.export_name)
@@ -161,11 +157,11 @@ class NbdServer:
         self._idle.clear()
         return True
 
-    async def _haggle(self, sock: socket.socket, peer: str, tls: TlsMode) -> Connection | None:
+    async def _haggle(self, sock: socket.socket, peer: str, ip: str, tls: TlsMode) -> Connection | None:
         loop = asyncio.get_running_loop()
-        _tune(sock)
+        _tune(sock, self._limits)
         handshake = ServerHandshake(self._catalog, tls=tls)
-        async with asyncio.timeout(self._handshake_seconds):
+        async with asyncio.timeout(self._limits.handshake_seconds):
             stream = await self._drive(handshake, sock)
         if handshake.agreement is None:
             if not handshake.closing:
@@ -183,7 +179,8 @@ class NbdServer:
             export,
             handshake.leftover,
             budget=self._budget,
-            on_close=lambda connection: self._closed(loop, connection),
+            on_close=lambda connection: self._closed(loop, connection, ip),
+            limits=self._limits,
         )
 
     async def _drive(self, handshake: ServerHandshake, sock: socket.socket) -> Stream:
@@ -212,16 +209,16 @@ class NbdServer:
                 await send()
         return tls or sock
 
-    def _closed(self, loop: asyncio.AbstractEventLoop, connection: Connection) -> None:
+    def _closed(self, loop: asyncio.AbstractEventLoop, connection: Connection, ip: str) -> None:
         """Called by the connection's thread at its end."""
         try:
-            loop.call_soon_threadsafe(self._forget, connection)
+            loop.call_soon_threadsafe(self._forget, connection, ip)
         except RuntimeError:
             pass  # the loop is closed: the process ends
 
-    def _forget(self, connection: Connection) -> None:
+    def _forget(self, connection: Connection, ip: str) -> None:
         self._connections.discard(connection)
-        self._clients -= 1
+        self._door.leave(ip)
         if not self._connections:
             self._idle.set()
         log.info(
@@ -234,12 +231,22 @@ class NbdServer:
         )
 
 
-def _tune(sock: socket.socket) -> None:
+def _tune(sock: socket.socket, limits: Limits) -> None:
     sock.setblocking(False)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    if limits.send_seconds:
+        # Counts when the socket blocks, after the handshake: a send that can take nothing for so long is EAGAIN.
+        seconds, rest = divmod(limits.send_seconds, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(rest * 1e6)))
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if limits.keepalive_seconds:
+            idle = max(1, round(limits.keepalive_seconds / 2))
+            interval = max(1, round((limits.keepalive_seconds - idle) / _PROBES))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
 
 
 def _peer_name(listener: socket.socket, address: object) -> str:

@@ -7,10 +7,14 @@
 A thread of the pool must not wait for a client that does not read. Where the socket takes no more, or the connection's
 thread is sending, a late reply is left in a queue: whoever holds the send lock looks at the queue again after giving it
 back. A late reply that the socket takes in part only gets a thread of its own, which keeps the lock until it is out.
+
+A send that fails, or that can take nothing for the socket's SO_SNDTIMEO (EAGAIN), may have left a part of a reply
+behind. So whoever meets that shuts the socket down: nothing can follow, and the connection's thread learns it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections import deque
@@ -40,6 +44,8 @@ class Outbox:
         self.used = 0
         self._sending = threading.Lock()
         self._late: deque[bytes] = deque()
+        self.stuck = False
+        """The client was given up because it did not read."""
 
     def put(self, reply: bytes) -> None:
         """Add a whole reply; what does not fit beside the others goes out at once."""
@@ -55,7 +61,11 @@ class Outbox:
         """Send what was gathered, then late replies. Raises OSError where the client is gone."""
         if self.used:
             with self._sending:
-                self._sock.sendall(self.view[: self.used])
+                try:
+                    self._sock.sendall(self.view[: self.used])
+                except OSError as e:
+                    self._give_up(e)
+                    raise
             self.used = 0
         if self._late:
             self._send_late()
@@ -64,8 +74,12 @@ class Outbox:
         """Send these without gathering, in one go as the peer sees it; what was gathered goes first."""
         self.send()
         with self._sending:
-            for part in parts:
-                self._sock.sendall(part)
+            try:
+                for part in parts:
+                    self._sock.sendall(part)
+            except OSError as e:
+                self._give_up(e)
+                raise
         if self._late:
             self._send_late()
 
@@ -80,8 +94,8 @@ class Outbox:
             try:
                 while self._late:
                     self._sock.sendall(self._late.popleft())
-            except OSError:
-                self._late.clear()
+            except OSError as e:
+                self._give_up(e)
         if self._late:
             self._send_late()
 
@@ -96,8 +110,8 @@ class Outbox:
             kept = False
             try:
                 kept = self._send_queue()
-            except OSError:
-                self._late.clear()  # the connection's thread learns it from its own socket call
+            except OSError as e:
+                self._give_up(e)
             finally:
                 if not kept:
                     self._sending.release()
@@ -122,11 +136,17 @@ class Outbox:
                 return True
         return False
 
+    def _give_up(self, error: OSError) -> None:
+        self.stuck |= isinstance(error, BlockingIOError | TimeoutError)
+        self._late.clear()
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
     def _send_rest(self, rest: bytes) -> None:
         try:
             self._sock.sendall(rest)
-        except OSError:
-            self._late.clear()
+        except OSError as e:
+            self._give_up(e)
         finally:
             self._sending.release()
         self._send_late()

@@ -1,8 +1,8 @@
 """The requests of one client: validate, serve, answer.
 
 All methods are called by the connection's thread. What may have to wait (a change of the active disk, FLUSH, FUA) is
-submitted to the block layer and answered later by the thread that ends it, through `Outbox.late`; up to HELD_REQUESTS
-and HELD_BYTES of payload may be under way so, then the connection waits.
+submitted to the block layer and answered later by the thread that ends it, through `Outbox.late`; up to
+`requests_in_flight` with `bytes_in_flight` of payload may be under way so, then the connection waits.
 """
 
 from __future__ import annotations
@@ -24,20 +24,18 @@ from fleecing.nbd.transmission import (
 )
 from fleecing.server.budget import Budget
 from fleecing.server.export import Export, answer_to
+from fleecing.server.limits import Limits
 from fleecing.server.meta_context import block_status
 from fleecing.server.outbox import GATHER, LARGEST_PIECE, Outbox
 from fleecing.server.read_once import Receipts
-from fleecing.units import KiB, MiB
-
-HELD_REQUESTS = 64
-HELD_BYTES = 16 * MiB
-"""Requests, and bytes of their payloads, that may be under way in other threads."""
+from fleecing.units import KiB
 
 LARGEST_STATUS_PAYLOAD = 64 * KiB
 """Bytes of a BLOCK_STATUS payload that are looked at; it lists context ids, of which there are a handful."""
 
 BUDGET_SECONDS = 30.0
-"""How long a READ with a simple reply waits for its share of the memory that all connections have together."""
+"""How long a READ with a simple reply waits for its share of the memory that all connections have together: so much
+longer than the time after which those who have it and do not read are dropped."""
 
 _WRITE = int(Cmd.WRITE)
 _FUA = int(CmdFlag.FUA)
@@ -56,7 +54,8 @@ class Service:
         export: Export,
         out: Outbox,
         budget: Budget,
-        receipts: Receipts | None = None,
+        receipts: Receipts | None,
+        limits: Limits,
     ) -> None:
         """`receipts`: what is sent once and trimmed then, where the client asked for that."""
         self.requests = 0
@@ -73,6 +72,8 @@ class Service:
         self._submit_trim = export.submit_trim
         self._out = out
         self._budget = budget
+        self._most_requests, self._most_bytes = limits.requests_in_flight, limits.bytes_in_flight
+        self._budget_seconds = limits.send_seconds + BUDGET_SECONDS
         self._held = threading.Condition()
         self._held_requests = 0  # under _held, as is the next
         self._held_bytes = 0
@@ -111,7 +112,7 @@ class Service:
 
     def _hold(self, count: int) -> None:
         def fits() -> bool:
-            return self._held_requests < HELD_REQUESTS and self._held_bytes + count <= HELD_BYTES
+            return self._held_requests < self._most_requests and self._held_bytes + count <= self._most_bytes
 
         # All sending is done without the lock: the threads that answer need it, and must not wait for the client.
         if self._out.behind:
@@ -302,7 +303,7 @@ class Service:
 
     def _read_whole(self, cookie: int, offset: int, length: int) -> None:
         """A long READ with a simple reply, which has no way to tell an error once it has begun: read all, then send."""
-        if not self._budget.take(length, BUDGET_SECONDS):
+        if not self._budget.take(length, self._budget_seconds):
             raise RequestError(NbdError.ENOMEM, f"no memory for a READ of {length} bytes: other clients have it all")
         try:
             buffer = memoryview(bytearray(length))

@@ -152,7 +152,11 @@ class TlsSocket:
         poller.register(self._sock, select.POLLOUT)
         if not poller.poll(0):
             raise BlockingIOError
-        self._sock.sendall(self._encrypt(data))
+        encrypted = self._encrypt(data)
+        try:
+            self._sock.sendall(encrypted)
+        except BlockingIOError:  # SO_SNDTIMEO: not to be tried again, a part of the record may be out
+            raise TimeoutError("the client does not read") from None
         return len(data)
 
     def shutdown(self, how: int) -> None:

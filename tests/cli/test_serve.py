@@ -10,7 +10,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fleecing.cli.main import main
+from fleecing.nbd.constants import ReplyMode
 from fleecing.units import MiB
+from tests.raw_client import READ, RawClient
 from tests.serving import Serve
 
 
@@ -113,6 +115,35 @@ def test_a_folder_that_takes_no_files_is_refused(image: Path, tmp_path: Path, op
 def test_a_server_can_start_after_one_that_could_not(serve: Serve, image: Path, tmp_path: Path) -> None:
     start(tmp_path, image, "--temp-dir", "/proc/1")
     assert serve(image).status()["disks"][0]["name"] == "vda"
+
+
+def test_limits_are_options_too(serve: Serve, image: Path, tmp_path: Path) -> None:
+    server = serve(image, "--limit", "clients=1", "--limit", "handshake-seconds=600")
+    with RawClient(server.unix, "vda") as client:
+        with socket.create_connection(("127.0.0.1", server.port)) as other:
+            assert other.recv(1) == b""
+        server.child.wait_for_line("turned away: 1 clients are connected")
+        assert client.read(0, 1) == b"\1"
+    assert "limits.clients: Input should be a valid integer" in start(tmp_path, image, "--limit", "clients=many")
+    assert "limits.users: is no known setting" in start(tmp_path, image, "--limit", "users=1")
+    assert fleecing("serve", image, "--limit", "clients").exit_code == 2
+
+
+def test_clients_that_never_read_cannot_keep_the_memory_from_others(serve: Serve, tmp_path: Path) -> None:
+    """Long READs with simple replies take memory until they are sent."""
+    image = tmp_path / "big.img"
+    with image.open("wb") as file:
+        file.truncate(64 * MiB)
+    server = serve(image, "--limit", "read-memory=64M", "--limit", "send-seconds=0.2")
+    stuck = [RawClient(server.unix, "vda", ReplyMode.SIMPLE) for _ in range(4)]
+    for client in stuck:
+        client.send(READ, 0, 0, 64 * MiB)
+    with RawClient(server.unix, "vda", ReplyMode.SIMPLE) as other:
+        assert not any(other.read(0, 32 * MiB))
+    for _ in stuck:
+        server.child.wait_for_line("client unix of vda dropped: it does not read what is sent to it")
+    for client in stuck:
+        client.close()
 
 
 def test_a_configuration_is_checked_and_shown_complete(image: Path, tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from fleecing.control.config import TcpAddress, make_settings, read_config
 from fleecing.errors import ConfigError
-from fleecing.units import KiB
+from fleecing.server.limits import Limits
+from fleecing.units import KiB, MiB
 
 FULL = """
 listen = ["127.0.0.1:10810", "[::1]:0"]
@@ -57,6 +59,15 @@ def test_there_may_be_several_temp_folders(tmp_path: Path) -> None:
     assert settings.temp_dir == ("/a", str(tmp_path / "b"))
 
 
+def test_limits_come_from_the_file_and_single_ones_from_elsewhere(tmp_path: Path) -> None:
+    path = write(tmp_path, FULL + "[limits]\nclients = 7\nread-memory = '65M'\nsend-seconds = 1.5\n")
+    expected = Limits(clients=7, read_memory=65 * MiB, send_seconds=1.5)
+    assert read_config(path).limits.limits() == expected
+    changed = read_config(path, {"limits": {"clients": "8"}}).limits.limits()
+    assert changed == dataclasses.replace(expected, clients=8)
+    assert make_settings({"disk": {"a": {"path": "x"}}}, "test").limits.limits() == Limits()
+
+
 def test_without_listeners_both_defaults_are_taken() -> None:
     settings = make_settings({"disk": {"a": {"path": "x"}}}, "test")
     assert [str(address) for address in settings.listen] == ["127.0.0.1:10809"]
@@ -93,6 +104,11 @@ def test_changes_replace_what_the_file_says(tmp_path: Path) -> None:
         ('unix = ["/' + "x" * 107 + '"]\n[disk.vda]\npath = "x"', "108 bytes and the system allows 107"),
         ('unix = ["/run/s"]\ncontrol = "/run/s"\n[disk.vda]\npath = "x"', "a socket path is named twice"),
         ('[disk.vda]\npath = "x"\n[disk.vdb]\npath = "./x"', "disks 'vda' and 'vdb' are the same image"),
+        ("[limits]\nclients = 0\n[disk.vda]\npath = 'x'", "limits.clients: Input should be greater than or equal to 1"),
+        ("[limits]\nusers = 0\n[disk.vda]\npath = 'x'", "limits.users: is no known setting"),
+        ("limits = 3\n[disk.vda]\npath = 'x'", "limits: "),
+        ("[limits]\nread-memory = '1M'\n[disk.vda]\npath = 'x'", "1 MiB is too little: give 64 MiB or more"),
+        ("[limits]\nbytes-in-flight = '4K'\n[disk.vda]\npath = 'x'", "4 KiB is too little: give 1 MiB or more"),
         ("disk = 3", "disk: "),
         ("[disk\n", "is no TOML"),
         ("drain-seconds = nan\n[disk.vda]\npath = 'x'", "drain-seconds: "),

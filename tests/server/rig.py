@@ -19,6 +19,7 @@ from fleecing.nbd.handshake import Agreement, ExportInfo, ServerHandshake
 from fleecing.server.budget import Budget
 from fleecing.server.connection import Connection
 from fleecing.server.export import MAXIMUM_PAYLOAD, Export, active_export
+from fleecing.server.limits import Limits
 from fleecing.units import KiB
 from tests.block.rig import SECONDS
 from tests.server.wire import Wire
@@ -152,6 +153,7 @@ class Line(Wire):
         leftover: bytes = b"",
         budget: Budget | None = None,
         buffer: int | None = None,
+        limits: Limits | None = None,
     ) -> None:
         """`leftover` came behind the handshake; `buffer`: bytes that the kernel holds of what the server sends."""
         client, server = socket.socketpair()
@@ -168,6 +170,7 @@ class Line(Wire):
             leftover,
             budget=budget or Budget(4 * MAXIMUM_PAYLOAD),
             on_close=lambda _: self.closed.set(),
+            limits=limits,
         )
         self.connection.start()
 

@@ -7,12 +7,14 @@ import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fleecing.nbd import options
 from fleecing.nbd.constants import ClientFlag, Cmd, Opt, Rep, ReplyMode
 from fleecing.server.connection import Connection
+from fleecing.server.limits import Limits
 from tests.block.rig import in_thread, pattern
 from tests.server.listening import Exports, Listening, Log
 from tests.server.rig import Disk, MakeDisk
@@ -39,11 +41,11 @@ Start = Callable[..., Listening]
 
 @pytest.fixture
 def start(tmp_path: Path, exports: Exports) -> Iterator[Start]:
-    """Starts the server; takes what NbdServer takes."""
+    """Starts the server; takes what Limits takes."""
     started: list[Listening] = []
 
-    def make(catalog: Exports = exports, **settings: float) -> Listening:
-        started.append(Listening(tmp_path, catalog, **settings))
+    def make(catalog: Exports = exports, **limits: Any) -> Listening:
+        started.append(Listening(tmp_path, catalog, limits=Limits(**limits)))
         return started[-1]
 
     yield make
@@ -166,7 +168,7 @@ class Talkative(Exports):
 
 
 def test_the_time_limit_holds_for_a_client_that_reads_nothing(start: Start, disk: Disk, log: Log) -> None:
-    server = start(Talkative(disk.export), handshake_seconds=0.1)
+    server = start(Talkative(disk.export), handshake_seconds=0.5)
     server.connect().sendall(FLAGS + options.option(Opt.LIST))
     log.wait_for("no end of the handshake")
 
@@ -180,13 +182,13 @@ def test_the_time_limit_ends_with_the_handshake(start: Start, log: Log) -> None:
 
 
 def test_a_client_too_many_is_turned_away_until_another_leaves(start: Start, log: Log) -> None:
-    server = start(max_clients=2)
+    server = start(clients=2)
     inside = enter(server.connect())
     haggling = server.connect()
     assert greeted(haggling)
     for tcp in (False, True):
         assert not greeted(server.connect(tcp=tcp))
-    assert log.wait_for("turned away: 2 clients are connected", 2).levelno == logging.WARNING
+    assert log.wait_for("turned away: 2 clients are connected").levelno == logging.WARNING
     assert inside.ask(Cmd.READ, 0, 10).error == 0
     haggling.close()
     log.wait_for("unix hung up in the handshake")
@@ -195,6 +197,59 @@ def test_a_client_too_many_is_turned_away_until_another_leaves(start: Start, log
     inside.send(inside.request(Cmd.DISC))
     log.wait_for("left vda")
     assert greeted(server.connect())
+
+
+def test_clients_of_one_address_are_limited_and_those_of_the_unix_socket_are_not(start: Start, log: Log) -> None:
+    server = start(clients_per_address=1)
+    inside = enter(server.connect(tcp=True))
+    assert take(server.connect(tcp=True), 1) == b""
+    log.wait_for("turned away: 1 clients of its address are connected")
+    for _ in range(3):
+        enter(server.connect())
+    inside.send(inside.request(Cmd.DISC))
+    log.wait_for("left vda")
+    assert enter(server.connect(tcp=True)).ask(Cmd.READ, 0, 1).error == 0
+
+
+@pytest.mark.parametrize("seconds, expected", [(120.0, (60, 12, 5)), (1.0, (1, 1, 5))])
+def test_the_host_of_a_tcp_client_is_asked_for_a_sign_of_life(
+    start: Start, seconds: float, expected: tuple[int, ...]
+) -> None:
+    server = start(keepalive_seconds=seconds)
+    client = enter(server.connect(tcp=True))
+    assert client.ask(Cmd.READ, 0, 1).error == 0
+    (connection,) = server.server.connections
+    sock = connection._sock
+    assert isinstance(sock, socket.socket)
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    assert tuple(sock.getsockopt(socket.IPPROTO_TCP, option) for option in options) == expected
+
+
+# Those who do not read
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+def test_a_client_that_does_not_read_is_dropped(start: Start, log: Log, tcp: bool) -> None:
+    server = start(send_seconds=0.2)
+    other = enter(server.connect())
+    client = enter(server.connect(tcp=tcp))
+    client.send(*[client.request(Cmd.READ, 0, SIZE) for _ in range(400)])
+    assert log.wait_for("dropped: it does not read what is sent to it").levelno == logging.INFO
+    log.wait_for("left vda")
+    assert len(list(server.server.connections)) == 1
+    assert other.ask(Cmd.READ, 0, 1).error == 0  # silence is no offence
+    assert log.worst == logging.INFO
+
+
+def test_the_memory_of_those_who_do_not_read_goes_to_others(start: Start, make_disk: MakeDisk, log: Log) -> None:
+    size = 4 << 20
+    server = start(Exports(make_disk(pattern(size)).export), send_seconds=0.2, read_memory=size)
+    stuck, other = enter(server.connect()), enter(server.connect())
+    stuck.send(stuck.request(Cmd.READ, 0, size))
+    stuck.take(1)
+    assert other.ask(Cmd.READ, 0, size).data == pattern(size)
+    log.wait_for("dropped: it does not read what is sent to it")
 
 
 def hang_up(sock: socket.socket) -> None:
@@ -279,7 +334,7 @@ def test_a_fault_of_ours_costs_one_client_and_is_logged(
 def test_a_client_for_whom_there_is_no_thread_is_dropped_and_makes_room(
     start: Start, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = start(max_clients=1)
+    server = start(clients=1)
     monkeypatch.setattr(Connection, "start", no_thread)
     sock = server.connect()
     sock.sendall(FLAGS + GO)

@@ -235,3 +235,46 @@ def test_without_a_thread_for_the_rest_the_client_is_given_up(pair: Pair, monkey
 
 def no_thread(thread: threading.Thread) -> None:
     raise RuntimeError("can't start new thread")
+
+
+def impatient(pair: Pair) -> None:
+    pair.server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 100_000))
+
+
+@pytest.mark.parametrize("how", ["send", "send_now", "settle", "late"])
+def test_after_a_reply_that_was_not_taken_in_time_nothing_follows(pair: Pair, how: str) -> None:
+    """Half a message and then another one would be read as garbage."""
+    impatient(pair)
+    long = message(1, 64 * KiB)
+    if how == "late":
+        pair.fill()
+        pair.out.late(long)
+        with pair.out._sending:  # the thread that sends it has given up
+            pass
+    elif how == "settle":
+        pair.fill()
+        pair.out._late.append(long)
+        pair.out.settle()
+    else:
+        with pytest.raises(BlockingIOError):
+            for _ in range(100):
+                pair.out.send_now([long]) if how == "send_now" else put_and_send(pair.out, long)
+    data = rest_of(pair.client)
+    assert pair.out.stuck
+    with pytest.raises(OSError):
+        pair.out.send_now([message(2, 10)])
+    assert not pair.client.recv(1)
+    assert bytes([2]) * 10 not in data
+
+
+def put_and_send(out: Outbox, piece: bytes) -> None:
+    out.put(piece)
+    out.send()
+
+
+def rest_of(sock: socket.socket) -> bytes:
+    """All that comes before the end."""
+    data = bytearray()
+    while piece := sock.recv(MiB):
+        data += piece
+    return bytes(data)

@@ -12,6 +12,7 @@ import trustme
 
 from fleecing.nbd.handshake import TlsMode
 from fleecing.server.export import active_export, snapshot_export
+from fleecing.server.limits import Limits
 from fleecing.server.tls import server_context
 from fleecing.units import KiB, MiB
 from tests.block.rig import SECONDS, Rig, pattern
@@ -58,7 +59,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     servers: list[Listening] = []
     rigs: list[Rig] = []
 
-    def start(context: ssl.SSLContext, mode: TlsMode = TlsMode.REQUIRE) -> Listening:
+    def start(context: ssl.SSLContext, mode: TlsMode = TlsMode.REQUIRE, limits: Limits | None = None) -> Listening:
         folder = tmp_path / f"disk{len(rigs)}"
         folder.mkdir()
         rig = Rig(folder, CONTENTS)
@@ -67,7 +68,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         exports = Exports(
             active_export("vda", "", rig.disk, cluster_size=64 * KiB), snapshot_export("vda@s", "", snapshot)
         )
-        servers.append(Listening(folder, exports, tls_mode=mode, tls_context=context))
+        servers.append(Listening(folder, exports, tls_mode=mode, tls_context=context, limits=limits))
         return servers[-1]
 
     yield start
@@ -163,6 +164,22 @@ def test_the_stream_ends_with_close_notify(serve: Serve, pki: Pki) -> None:
         assert len(tls.recv(4096)) == 10
         tls.sendall((0x25609513).to_bytes(4, "big") + (2).to_bytes(4, "big") + bytes(20))  # DISC
         assert tls.recv(100) == b""
+
+
+def test_a_client_that_does_not_read_is_dropped(serve: Serve, pki: Pki) -> None:
+    server = serve(pki.context(), limits=Limits(send_seconds=0.2))
+    sock = starttls(server)
+    assert len(sock.recv(20)) == 20
+    client = ssl.create_default_context(cafile=str(pki.folder / "ca-cert.pem"))
+    with client.wrap_socket(sock, server_hostname="localhost") as tls:
+        tls.settimeout(SECONDS)
+        tls.sendall(b"IHAVEOPT" + (1).to_bytes(4, "big") + (3).to_bytes(4, "big") + b"vda")  # EXPORT_NAME
+        assert len(tls.recv(4096)) == 10
+        read = (0x25609513).to_bytes(4, "big") + bytes(20) + (4 * MiB).to_bytes(4, "big")
+        tls.sendall(10 * read)
+        assert len(tls.recv(1)) == 1
+        server.call(server.server._idle.wait())
+    assert run_any("nbdinfo", uri(server, pki)).returncode == 0
 
 
 def test_a_replaced_context_serves_later_clients_and_leaves_the_others_alone(serve: Serve, pki: Pki) -> None:

@@ -14,13 +14,14 @@ from fleecing.block.copy_before_write import CopyBeforeWrite
 from fleecing.block.node import Buffer
 from fleecing.nbd.constants import Cmd, CmdFlag, NbdError, ReplyMode
 from fleecing.server.export import active_export
+from fleecing.server.limits import LEAST_IN_FLIGHT, Limits
 from fleecing.server.outbox import BACKLOG, GATHER
-from fleecing.server.service import HELD_BYTES, HELD_REQUESTS
 from fleecing.units import KiB, MiB
 from tests.block.rig import SECONDS, Rig, in_thread, pattern
 from tests.server.rig import CLUSTER, Disk, MakeDisk, MakeLine
 
 SIZE = 2 * MiB
+HELD_REQUESTS, HELD_BYTES = Limits().requests_in_flight, Limits().bytes_in_flight
 Done = Callable[[Exception | None], None]
 
 SIMPLE, STRUCTURED = ReplyMode.SIMPLE, ReplyMode.STRUCTURED
@@ -186,28 +187,30 @@ def test_a_flush_that_fails_says_so(disk: Disk, line: MakeLine) -> None:
     assert (reply.error, reply.text) == (NbdError.ENOSPC, "FLUSH: No space left on device")
 
 
-def test_a_limited_number_of_requests_waits(disk: Disk, line: MakeLine) -> None:
+@pytest.mark.parametrize("limits", [Limits(), Limits(requests_in_flight=1), Limits(requests_in_flight=100)])
+def test_a_limited_number_of_requests_waits(disk: Disk, line: MakeLine, limits: Limits) -> None:
     held = Pool(disk)
-    client = line(held.export, SIMPLE)
-    count = HELD_REQUESTS + 30
+    client = line(held.export, SIMPLE, limits=limits)
+    count = limits.requests_in_flight + 30
     client.send(*[client.request(Cmd.FLUSH) for _ in range(count)], client.request(Cmd.READ, 0, 100, cookie=0))
-    held.wait_for(HELD_REQUESTS)
+    held.wait_for(limits.requests_in_flight)
     held.finish(count)
     assert len(client.replies(count + 1)) == count + 1
-    assert held.most == HELD_REQUESTS
+    assert held.most == limits.requests_in_flight
 
 
-def test_a_limited_number_of_bytes_waits(disk: Disk, line: MakeLine) -> None:
+@pytest.mark.parametrize("limits", [Limits(), Limits(bytes_in_flight=LEAST_IN_FLIGHT)])
+def test_a_limited_number_of_bytes_waits(disk: Disk, line: MakeLine, limits: Limits) -> None:
     held = Pool(disk)
-    client = line(held.export, SIMPLE)
-    size = 900 * KiB
-    count = HELD_BYTES // size + 5
+    client = line(held.export, SIMPLE, limits=limits)
+    size, most = 900 * KiB, limits.bytes_in_flight
+    count = most // size + 5
     sender = in_thread(lambda: client.send(*[client.request(Cmd.WRITE, 0, payload=bytes(size)) for _ in range(count)]))
-    held.wait_for(HELD_BYTES // size)
+    held.wait_for(most // size)
     held.finish(count)
     sender.wait()
     assert len(client.replies(count)) == count
-    assert HELD_BYTES - size < held.most_bytes <= HELD_BYTES
+    assert most - size < held.most_bytes <= most
 
 
 def test_replies_are_sent_before_a_connection_waits_for_others(disk: Disk, line: MakeLine) -> None:
