@@ -62,7 +62,7 @@ class Guest:
     def _run(self) -> None:
         while True:
             with self._called:
-                self._called.wait_for(self._may.is_set)
+                self._called.wait_for(lambda: not self._resting.is_set())  # also where `rest` came right behind `go`
             if self._over:
                 return
             try:

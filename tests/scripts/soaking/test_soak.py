@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from fleecing.units import MiB
 from scripts.soaking.gauges import Sample, grown
+from scripts.soaking.load import Guest
+from tests.crash.ledger import Ledger
 from tests.peers import describe, run_any
 from tests.serving import ROOT
 
@@ -22,6 +25,14 @@ def test_twenty_seconds_leave_all_data_right_and_nothing_behind() -> None:
         )
     assert result.returncode == 0, describe(result)
     assert "all data right" in result.stderr
+
+
+def test_a_guest_that_may_go_and_must_rest_at_once_rests(tmp_path: Path) -> None:
+    guest = Guest(tmp_path / "nobody listens here", "vda", Ledger(8), 0, 8, seed=1)
+    for _ in range(300):
+        guest.go()
+        guest.rest()
+    guest.end()
 
 
 def test_what_comes_back_to_its_level_is_no_growth() -> None:
