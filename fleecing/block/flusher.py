@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable
 
@@ -24,13 +25,20 @@ class Flusher:
         self._closed = False
 
     def submit(self, done: Done) -> None:
-        """Flush, then call `done` with None or the error, in the flusher's thread. Returns at once."""
+        """Flush, then call `done` with None or the error, in the flusher's thread. Returns at once.
+
+        After `close` nothing is flushed, and `done` is called with an error in the caller's.
+        """
         with self._asked:
-            self._waiting.append(done)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=f"{self._name} flush", daemon=True)
-                self._thread.start()
-            self._asked.notify()
+            closed = self._closed
+            if not closed:
+                self._waiting.append(done)
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._run, name=f"{self._name} flush", daemon=True)
+                    self._thread.start()
+                self._asked.notify()
+        if closed:
+            done(OSError(errno.EBADF, f"{self._name} is closed"))
 
     def close(self, timeout: float) -> None:
         """End the thread when all that was asked for is answered; wait `timeout` seconds at most for that."""

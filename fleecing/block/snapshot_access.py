@@ -334,7 +334,9 @@ class SnapshotAccess(Node):
             return
 
         def when_durable(error: Exception | None) -> None:
-            if error is None:
+            if clusters.broken is not None:  # deleted meanwhile, too: its files are closed
+                error = SnapshotBroken(clusters.broken)
+            elif error is None:
                 try:
                     for first, end in runs:
                         self._trim(first, end)

@@ -13,6 +13,7 @@ from fleecing.block.bitfile import BitFile
 from fleecing.block.copy_before_write import CopyBeforeWrite, OnCbwError
 from fleecing.block.durability import GroupCommit
 from fleecing.block.file import FileNode
+from fleecing.block.flusher import Done
 from fleecing.block.graph import NOT_DURABLE, SnapshotSpec, freeze, open_disk, revive
 from fleecing.block.snapshot_access import SnapshotAccess
 from fleecing.errors import ClusterUnreadable, ImageError, SnapshotBroken
@@ -346,4 +347,23 @@ def test_removed_durable_snapshot_leaves_nothing(tmp_path: Path) -> None:
     snapshot.discard(0, 2 * CLUSTER)
     snapshot.remove(SECONDS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["disk.img"]
+    disk.close()
+
+
+def test_trim_that_comes_while_a_durable_snapshot_is_deleted_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its flush was never answered, the connection that asked for it never ended."""
+    disk, snapshot = begin(tmp_path)
+    assert snapshot._durability is not None
+    submit_trim = snapshot._durability.submit_trim
+
+    def deleted_first(done: Done) -> None:
+        snapshot.remove(SECONDS)
+        submit_trim(done)
+
+    monkeypatch.setattr(snapshot._durability, "submit_trim", deleted_first)
+    answers: list[Exception | None] = []
+    snapshot.submit_discard(0, CLUSTER, answers.append)
+    assert [str(answer) for answer in answers] == ["snapshot broken: deleted"]
     disk.close()
