@@ -101,8 +101,8 @@ class Tracker:
     def __init__(self, bits: BitFile, intents: IntentLog) -> None:
         self.file = bits
         self.log = intents
-        self._bits = bits.bits
-        self._shift = bits.granularity.bit_length() - 1
+        self.bits = bits.bits  # a bit for each `1 << shift` bytes; set for good
+        self.shift = bits.granularity.bit_length() - 1
         self._region_shift = intents.region.bit_length() - 1
         # The first change of a cluster sets its bit under this lock, and only where `_open` has its region; so when
         # `settle` has closed a region, every bit that was promised there is set.
@@ -114,7 +114,7 @@ class Tracker:
 
     def record_now(self, offset: int, length: int) -> bool:
         """Record a change that is about to be made, if that takes no waiting; else record nothing, return False."""
-        bits, first, end = self._bits, offset >> self._shift, (offset + length - 1 >> self._shift) + 1
+        bits, first, end = self.bits, offset >> self.shift, (offset + length - 1 >> self.shift) + 1
         if bits.find(0, first, end) < 0 or self.failed is not None:
             return True
         shift = self._region_shift
