@@ -55,7 +55,10 @@ def rows(section: str) -> dict[str, str]:
 
 def commands(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
     if isinstance(command, click.Group):
-        for word, inner in command.commands.items():
+        context = click.Context(command)
+        for word in command.list_commands(context):
+            inner = command.get_command(context, word)
+            assert inner is not None
             yield from commands(inner, f"{name} {word}")
     else:
         yield name, command

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from fleecing.block.copy_before_write import OnCbwError
-from fleecing.cli.control_client import ControlClient
+from fleecing.cli.control_client import ControlClient, snapshot_path
 from fleecing.cli.output import fields, local_time, print_json, table
 from fleecing.cli.params import EXPORT, NAME, NEW_LIMIT, TEMP_LIMIT, control_option, json_option
 from fleecing.control.models import DEFAULT_CBW_TIMEOUT
@@ -239,11 +239,6 @@ def delete(*, which: tuple[tuple[str, str], ...], control: str, as_json: bool) -
     for answer in answers:
         done = "deleted" if answer["deleted"] else "not there, nothing to delete"
         click.echo(f"{answer['disk']}@{answer['name']}: {done}", err=True)
-
-
-def snapshot_path(which: tuple[str, str]) -> str:
-    """The API's path of a snapshot; names need no quoting."""
-    return f"/v1/snapshots/{which[0]}@{which[1]}"
 
 
 @click.group()

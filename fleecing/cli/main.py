@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import click
 
 import fleecing
-from fleecing.cli.backup_command import backup
-from fleecing.cli.chain_commands import points, prune, restore, verify
-from fleecing.cli.checkpoint_commands import checkpoint
-from fleecing.cli.control_commands import disk, snapshot
-from fleecing.cli.demo import demo
-from fleecing.cli.map_command import map_
-from fleecing.cli.pull_command import pull_command
-from fleecing.cli.push_commands import job, push
-from fleecing.cli.serve import check_config, serve
-from fleecing.cli.status_command import status
+from fleecing.cli.on_demand import load
 from fleecing.errors import FleecingError
 
+_COMMANDS: Final = {
+    "backup": "backup_command:backup",
+    "check-config": "serve:check_config",
+    "checkpoint": "checkpoint_commands:checkpoint",
+    "demo": "demo:demo",
+    "disk": "control_commands:disk",
+    "job": "push_commands:job",
+    "map": "map_command:map_",
+    "points": "chain_commands:points",
+    "prune": "chain_commands:prune",
+    "pull": "pull_command:pull_command",
+    "push": "push_commands:push",
+    "restore": "chain_commands:restore",
+    "serve": "serve:serve",
+    "snapshot": "control_commands:snapshot",
+    "status": "status_command:status",
+    "verify": "chain_commands:verify",
+}
+"""Word: where its command is, see `load`."""
 
-class _Sentences(click.Group):
-    """Says what failed in one sentence on stderr, with exit code 1; click itself ends misuse with 2."""
+
+class _Commands(click.Group):
+    """The commands, each imported when it is named.
+
+    Says what failed in one sentence on stderr, with exit code 1; click itself ends misuse with 2.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        command: click.Command | None = load(_COMMANDS[cmd_name]) if cmd_name in _COMMANDS else None
+        return command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -35,7 +56,7 @@ class _Sentences(click.Group):
 
 
 @click.group(
-    cls=_Sentences,
+    cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
 A first tour:
@@ -56,12 +77,3 @@ def main() -> None:
     `serve` stands between a machine and its disk image. `snapshot create` freezes one or several disks at an instant
     and prints where a backup tool reads them, while the machine goes on writing.
     """
-
-
-for command in (serve, check_config, snapshot, checkpoint, disk, status, map_, demo):
-    main.add_command(command)
-main.add_command(pull_command)
-for command in (push, job):
-    main.add_command(command)
-for command in (backup, points, verify, restore, prune):
-    main.add_command(command)

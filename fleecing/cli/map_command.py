@@ -14,8 +14,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from fleecing.cli.control_client import ControlClient
-from fleecing.cli.control_commands import snapshot_path
+from fleecing.cli.control_client import ControlClient, snapshot_path
 from fleecing.cli.params import EXPORT, control_option, json_option
 from fleecing.units import div_up, format_size
 

@@ -8,10 +8,9 @@ from typing import Any, TypeVar
 
 import click
 
-from fleecing.control.config import TcpAddress
-from fleecing.control.fields import check_cluster_size, check_temp_limit
 from fleecing.control.names import check_name, split_export
 from fleecing.control.paths import default_control_path
+from fleecing.control.sizes import check_cluster_size, check_temp_limit
 from fleecing.control.sockets import check_socket_path
 from fleecing.units import parse_size
 
@@ -32,21 +31,11 @@ class Checked:
             raise click.BadParameter(str(e)) from None
 
 
-def _split_limit(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not (key and equals and value):
-        raise ValueError(f"'{text}' is no KEY=VALUE, as in clients=100")
-    return key, value
-
-
 NAME = Checked("NAME", check_name)
 EXPORT = Checked("DISK@SNAPSHOT", split_export)
-ADDRESS = Checked("HOST:PORT", TcpAddress.parse)
 CLUSTER_SIZE = Checked("SIZE", lambda text: check_cluster_size(parse_size(text)))
 TEMP_LIMIT = Checked("SIZE", lambda text: check_temp_limit(parse_size(text)))
-TLS = click.Choice(["off", "allow", "require"])
 NEW_LIMIT = Checked("SIZE|none", lambda text: 0 if text == "none" else check_temp_limit(parse_size(text)))
-LIMIT = Checked("KEY=VALUE", _split_limit)
 SOCKET = Checked("PATH", lambda text: check_socket_path(os.path.abspath(text)))
 
 

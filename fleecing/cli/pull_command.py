@@ -11,8 +11,7 @@ import click
 
 from fleecing.cli import pull_display
 from fleecing.cli.chain_pull import SnapshotFacts, add_point, pull_point
-from fleecing.cli.control_client import ControlClient
-from fleecing.cli.control_commands import snapshot_path
+from fleecing.cli.control_client import ControlClient, snapshot_path
 from fleecing.cli.params import Checked, control_option
 from fleecing.cli.pull_display import JsonLines
 from fleecing.control.names import split_export

@@ -10,10 +10,8 @@ from types import TracebackType
 from typing import IO, Any, Final, Protocol, Self
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
+from fleecing.cli.on_demand import load
 from fleecing.pull.engine import Progress
 from fleecing.units import format_size
 
@@ -107,48 +105,19 @@ class PlainLines(_Quiet):
             f"Pulled {format_size(progress.done)} of {format_size(progress.total)}",
             rate(progress.rate),
             *([] if left is None else [f"{left:.0f} s left"]),
-            *_temp_words(self._temp()),
+            *temp_words(self._temp()),
         ]
         click.echo(", ".join(parts), err=True)
 
 
-class BarDisplay:
-    """A bar on the terminal that stderr is."""
-
-    def __init__(self, temp: TempCall) -> None:
-        self._temp = temp
-        columns = (
-            TextColumn("Pulling"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TextColumn("{task.fields[words]}"),
-            TimeRemainingColumn(),
-        )
-        self._bar = Bar(*columns, console=Console(stderr=True))
-        self._task = self._bar.add_task("pull", total=None, words="")
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def __call__(self, progress: Progress) -> None:
-        words = [rate(progress.rate), *_temp_words(self._temp())]
-        if progress.reconnects:
-            words.append(f"connected again {progress.reconnects} times")
-        self._bar.update(self._task, total=progress.total, completed=progress.done, words="  ".join(words))
-
-
-def choose(temp: TempCall) -> BarDisplay | PlainLines:
+def choose(temp: TempCall) -> Display:
     """What suits stderr."""
-    return BarDisplay(temp) if sys.stderr.isatty() else PlainLines(temp)
+    display: Display = load("pull_bar:BarDisplay")(temp) if sys.stderr.isatty() else PlainLines(temp)
+    return display
 
 
-def _temp_words(temp: int | None) -> list[str]:
+def temp_words(temp: int | None) -> list[str]:
+    """The temp space, if it is known."""
     return [] if temp is None else [f"temp {format_size(temp)}"]
 
 

@@ -13,13 +13,25 @@ from typing import Any
 import click
 
 from fleecing.cli.output import print_json
-from fleecing.cli.params import ADDRESS, CLUSTER_SIZE, LIMIT, NAME, SOCKET, TLS, json_option
+from fleecing.cli.params import CLUSTER_SIZE, NAME, SOCKET, Checked, json_option
 from fleecing.control import daemon
 from fleecing.control.activation import take_sockets
 from fleecing.control.config import ServerSettings, TcpAddress, make_settings, read_config
 from fleecing.control.names import clean_name
 from fleecing.nbd.conversation import TlsMode
 from fleecing.units import format_size
+
+
+def _split_limit(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals and value):
+        raise ValueError(f"'{text}' is no KEY=VALUE, as in clients=100")
+    return key, value
+
+
+ADDRESS = Checked("HOST:PORT", TcpAddress.parse)
+LIMIT = Checked("KEY=VALUE", _split_limit)
+TLS = click.Choice([mode.value for mode in TlsMode])
 
 
 @click.command(

@@ -40,8 +40,9 @@ from pydantic import (
     model_validator,
 )
 
-from fleecing.control.fields import DEFAULT_CLUSTER, ClusterSize, Name, Size
+from fleecing.control.fields import ClusterSize, Name, Size
 from fleecing.control.paths import default_control_path, default_state_dir, default_unix_path
+from fleecing.control.sizes import DEFAULT_CLUSTER
 from fleecing.control.sockets import check_socket_path
 from fleecing.errors import ConfigError
 from fleecing.nbd.conversation import TlsMode

@@ -26,12 +26,13 @@ from fleecing.errors import BlockError, ImageError, ProtocolError, RequestError
 from fleecing.nbd.client_handshake import ExportRefused
 from fleecing.nbd.constants import NbdError, TransmissionFlag
 from fleecing.nbd.uri import NbdUri
+from fleecing.pull.any_source import AnyConnection, AnySource
 from fleecing.pull.journal import CHECK_BYTES, NO_CHECK, Journal
 from fleecing.pull.limiter import Bandwidth
 from fleecing.pull.plan import Piece, Plan
 from fleecing.pull.source import CLUSTER_STATE, Source
 from fleecing.pull.target import Target
-from fleecing.pull.worker import AnyConnection, AnySource, CheckCall, Worker
+from fleecing.pull.worker import CheckCall, Worker
 from fleecing.units import KiB, align_down
 
 __all__ = ["CLUSTER_STATE", "Check", "Progress", "PullOptions", "PullReport", "Trim", "pull"]

@@ -12,6 +12,8 @@ from fleecing.block.extent import Runs
 from fleecing.block.snapshot_access import SnapshotAccess
 from fleecing.client.request import Request
 from fleecing.nbd.constants import Cmd, TransmissionFlag
+from fleecing.pull.any_source import AnyConnection
+from fleecing.pull.plan import StatusCall
 from fleecing.units import MiB
 
 _LARGEST: Final = 32 * MiB
@@ -92,3 +94,7 @@ class NodeSource:
 
     def connect(self) -> NodeConnection:
         return NodeConnection(self._node)
+
+    def status_call(self, connection: AnyConnection) -> StatusCall:
+        assert isinstance(connection, NodeConnection)
+        return connection.status

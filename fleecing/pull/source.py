@@ -15,6 +15,7 @@ from fleecing.errors import RequestError
 from fleecing.nbd.client_handshake import ExportRefused
 from fleecing.nbd.constants import BASE_ALLOCATION, NbdError, TransmissionFlag
 from fleecing.nbd.uri import NbdUri
+from fleecing.pull.any_source import AnyConnection
 from fleecing.pull.plan import CLEAN, StatusCall
 
 CLUSTER_STATE: Final = "fleecing:cluster-state"
@@ -78,8 +79,9 @@ class Source:
         """ "CAN_MULTI_CONN": several connections see the same."""
         return self.first.can(TransmissionFlag.CAN_MULTI_CONN)
 
-    def status_call(self, connection: Connection) -> StatusCall | None:
+    def status_call(self, connection: AnyConnection) -> StatusCall | None:
         """How to ask for the contents over this connection; None where it cannot be asked."""
+        assert isinstance(connection, Connection)
         has_allocation = BASE_ALLOCATION in connection.contexts
         bitmap = None if self.bitmap is None else DIRTY_BITMAP + self.bitmap
         if bitmap is None and not has_allocation:

@@ -12,16 +12,14 @@ from collections.abc import Callable
 from threading import Condition, Event
 from typing import Protocol
 
-from fleecing.client.connection import Connection
 from fleecing.client.request import Request
 from fleecing.errors import ProtocolError, RequestError
 from fleecing.nbd.client_handshake import ExportRefused
 from fleecing.nbd.constants import Cmd, NbdError
+from fleecing.pull.any_source import AnyConnection, AnySource
 from fleecing.pull.journal import NO_CHECK
 from fleecing.pull.limiter import Bandwidth
-from fleecing.pull.node_source import NodeConnection, NodeSource
-from fleecing.pull.plan import Piece, Plan, StatusCall
-from fleecing.pull.source import Source
+from fleecing.pull.plan import Piece, Plan
 from fleecing.pull.target import Target
 
 log = logging.getLogger(__name__)
@@ -30,10 +28,6 @@ _FIRST_DELAY, _LAST_DELAY = 0.05, 2.0
 """Seconds between attempts to connect again; each is twice the one before."""
 
 
-AnyConnection = Connection | NodeConnection
-AnySource = Source | NodeSource
-"""An export over NBD, or a snapshot's node inside the server."""
-
 CheckCall = Callable[[memoryview], bytes]
 """The checksum of a piece's bytes."""
 
@@ -41,7 +35,9 @@ CheckCall = Callable[[memoryview], bytes]
 class Shared(Protocol):
     """What the workers of a pull have in common."""
 
-    source: AnySource
+    @property
+    def source(self) -> AnySource: ...
+
     target: Target
     plan: Plan
     trims: bool
@@ -69,7 +65,7 @@ class Worker:
     def __init__(self, shared: Shared, connection: AnyConnection) -> None:
         self._shared = shared
         self._connection = connection
-        self._ask = _status_call(shared.source, connection)
+        self._ask = shared.source.status_call(connection)
         self._buffers = [bytearray(shared.piece) for _ in range(shared.depth)]
         self._on_the_way: dict[int, tuple[Piece, bytearray]] = {}
         self._lost_at: float | None = None
@@ -201,11 +197,4 @@ class Worker:
             delay = min(2 * delay, _LAST_DELAY)
         shared.adopt(self._connection, connection)
         self._connection = connection
-        self._ask = _status_call(shared.source, connection)
-
-
-def _status_call(source: AnySource, connection: AnyConnection) -> StatusCall | None:
-    if isinstance(connection, NodeConnection):
-        return connection.status
-    assert isinstance(source, Source)
-    return source.status_call(connection)
+        self._ask = shared.source.status_call(connection)

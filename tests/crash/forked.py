@@ -8,8 +8,13 @@ import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import click
+
 from fleecing.cli.main import main
 from tests.peers import DEADLINE
+
+for _word in main.list_commands(click.Context(main)):  # each is imported when it is named
+    main.get_command(click.Context(main), _word)
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.crash.forked"])
