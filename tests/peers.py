@@ -62,6 +62,7 @@ PACKAGES = {
     "qemu-nbd": "qemu-utils",
     "qemu-storage-daemon": "qemu-system-common",
     "qemu-system-x86_64": "qemu-system-x86",
+    "setpriv": "util-linux",
     "systemd-analyze": "systemd",
     "systemd-socket-activate": "systemd",
     "systemd-sysusers": "systemd",

@@ -50,6 +50,8 @@ Examples:
 @click.option("--format", "image_format", metavar="raw", help="Format of IMAGE. This release serves raw images.")
 @click.option("--listen", type=ADDRESS, multiple=True, help="TCP address for NBD clients; port 0 takes any free port.")
 @click.option("--unix", type=SOCKET, multiple=True, help="Unix socket for NBD clients.")
+@click.option("--unix-mode", metavar="MODE", help="Permissions of the Unix sockets, as in 0660; else 0600.")
+@click.option("--unix-group", metavar="GROUP", help="Group that the Unix sockets belong to.")
 @click.option("--tls", type=TLS, help="TLS on TCP: off (default), allow, or require.")
 @click.option("--tls-unix", type=TLS, help="The same on Unix sockets.")
 @click.option("--tls-dir", metavar="DIR", help="Folder with server-cert.pem, server-key.pem and ca-cert.pem.")
@@ -62,6 +64,11 @@ Examples:
     type=SOCKET,
     help="Control socket; else $FLEECING_CONTROL, else control.sock in /run/fleecing "
     "as root, in $XDG_RUNTIME_DIR/fleecing otherwise.",
+)
+@click.option(
+    "--control-group",
+    metavar="GROUP",
+    help="Group whose members may use the control socket; root and the server's user always may.",
 )
 @click.option(
     "--state-dir", metavar="DIR", help="State folder; else /var/lib/fleecing as root, else $XDG_STATE_HOME/fleecing."
@@ -150,8 +157,9 @@ def check_config(*, file: str, as_json: bool) -> None:
 
 def _described(settings: ServerSettings) -> str:
     lines = [f"listen     {_address(address)}{_tls(settings.tls_of(address))}" for address in settings.listen]
-    lines += [f"unix       {path}{_tls(settings.tls_unix)}" for path in settings.unix]
-    lines += [f"control    {settings.control}", f"state-dir  {settings.state_dir}"]
+    lines += [f"unix       {path}{_tls(settings.tls_unix)}{_unix(settings)}" for path in settings.unix]
+    group = "" if settings.control_group is None else f", group {settings.control_group}"
+    lines += [f"control    {settings.control}{group}", f"state-dir  {settings.state_dir}"]
     lines += [f"temp-dir   {path}" for path in settings.temp_dir or [settings.state_dir]]
     for name, disk in settings.disk.items():
         lines.append(f"disk       {name}: {disk.path}, raw, clusters of {format_size(disk.cluster_size)}")
@@ -160,6 +168,11 @@ def _described(settings: ServerSettings) -> str:
 
 def _address(address: TcpAddress) -> str:
     return f"{address} (any free port)" if not address.port else str(address)
+
+
+def _unix(settings: ServerSettings) -> str:
+    mode = "" if int(settings.unix_mode, 8) == 0o600 else f", mode {settings.unix_mode}"
+    return mode + ("" if settings.unix_group is None else f", group {settings.unix_group}")
 
 
 def _tls(mode: TlsMode) -> str:

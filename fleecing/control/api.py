@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 from collections.abc import Sequence
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
+from aiohttp.typedefs import Handler, Middleware
 from pydantic import BaseModel, ValidationError
 
 from fleecing.control.config import explain
@@ -36,6 +37,7 @@ from fleecing.control.models import (
 from fleecing.control.openapi import Parameter, Route, document
 from fleecing.control.report import Reporter
 from fleecing.errors import ControlError, FleecingError
+from fleecing.server.peer import Peer, peer_of
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +56,9 @@ _PAGE_QUERY = (
 )
 
 
-def make_app(reporter: Reporter, jobs: Jobs) -> web.Application:
-    """The application that serves this reporter's manager."""
-    app = web.Application(middlewares=[_errors_as_json], client_max_size=MAX_BODY)
+def make_app(reporter: Reporter, jobs: Jobs, *, group: int | None = None) -> web.Application:
+    """The application that serves this reporter's manager to root, to the server's own user, and to a `group`."""
+    app = web.Application(middlewares=[_errors_as_json, _only_for(group)], client_max_size=MAX_BODY)
     api = _Api(reporter, jobs)
     for route in api.routes:
         pattern = route.path.replace("{disk}@{name}", "{disk:[^/@]+}@{name:[^/]+}")
@@ -265,6 +267,25 @@ def _number(request: web.Request, name: str, default: int) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 20):
         raise ControlError(400, f"{name}={text[:40]} is no whole number of 0 or more")
     return int(text)
+
+
+def _only_for(group: int | None) -> Middleware:
+    """Whatever the mode of the socket is by now: only who may use it is answered."""
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        sock = None if request.transport is None else request.transport.get_extra_info("socket")
+        peer = Peer() if sock is None else peer_of(sock)
+        if peer.uid not in (0, os.geteuid()) and group not in peer.groups:
+            log.warning("control socket: %s %s refused to user %s", request.method, request.path, peer.uid)
+            raise ControlError(
+                403,
+                f"user {peer.uid} may not use this control socket: root, the server's user and the members of "
+                "control-group may",
+            )
+        return await handler(request)
+
+    return check
 
 
 @web.middleware

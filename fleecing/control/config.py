@@ -2,7 +2,10 @@
 
 listen = ["127.0.0.1:10809"]            # none of the two: 127.0.0.1:10809 and nbd.sock in the runtime folder
 unix = ["/run/fleecing/nbd.sock"]
+unix-mode = "0600"                      # permissions of these, and the group that they belong to
+unix-group = "kvm"                      # (none: the server's own)
 control = "/run/fleecing/control.sock"
+control-group = "backup"                # its members may use the control socket, as root and the server's user do
 state-dir = "/var/lib/fleecing"
 temp-dir = "/var/tmp/fleecing"          # or several: ["/a", "/b"]; none: temp files lie in the state folder
 tls = "off"                             # TCP: off, allow, require; or one by one, as {address = ..., tls = ...}
@@ -25,6 +28,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -40,6 +44,7 @@ from pydantic import (
     model_validator,
 )
 
+from fleecing.control.accounts import Group
 from fleecing.control.fields import ClusterSize, Name, Size
 from fleecing.control.paths import default_control_path, default_state_dir, default_unix_path
 from fleecing.control.sizes import DEFAULT_CLUSTER
@@ -120,6 +125,12 @@ def _one_or_several(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
+def _check_mode(value: str) -> str:
+    if not re.fullmatch("0?[0-7]{3}", value) or int(value, 8) & 0o600 != 0o600:
+        raise ValueError(f"'{value[:20]}' is no mode of a socket: give octal digits as text, as in \"0660\"")
+    return value
+
+
 def _check_format(value: str) -> str:
     if value != "raw":
         raise ValueError(
@@ -132,6 +143,7 @@ def _check_format(value: str) -> str:
 Address = Annotated[TcpAddress, BeforeValidator(_address)]
 SocketPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.abspath), AfterValidator(check_socket_path)]
 AbsolutePath = Annotated[str, Field(min_length=1), AfterValidator(os.path.abspath)]
+Mode = Annotated[str, AfterValidator(_check_mode)]
 ImageFormat = Annotated[str, AfterValidator(_check_format)]
 
 
@@ -165,7 +177,10 @@ class ServerSettings(_Settings):
 
     listen: tuple[Address, ...] = ()
     unix: tuple[SocketPath, ...] = ()
+    unix_mode: Mode = "0600"
+    unix_group: Group | None = None
     control: SocketPath = Field(default_factory=default_control_path, validate_default=True)
+    control_group: Group | None = None
     state_dir: AbsolutePath = Field(default_factory=default_state_dir)
     temp_dir: Annotated[tuple[AbsolutePath, ...], BeforeValidator(_one_or_several)] = ()
     tls: TlsMode = TlsMode.OFF

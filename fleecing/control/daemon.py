@@ -16,6 +16,7 @@ from contextlib import AsyncExitStack
 import uvloop
 from aiohttp import web
 
+from fleecing.control.accounts import group_id
 from fleecing.control.activation import Inherited
 from fleecing.control.addresses import Addresses, paste_lines
 from fleecing.control.api import make_app
@@ -144,6 +145,10 @@ def _within_reach(limits: Limits) -> Limits:
     return dataclasses.replace(limits, clients=min(limits.clients, max(soft - FREE_FILES, soft // 4)))
 
 
+def _group_of(group: int | str | None) -> int | None:
+    return None if group is None else group_id(group)
+
+
 def _listen(settings: ServerSettings, server: NbdServer, life: AsyncExitStack, inherited: Inherited) -> Addresses:
     tcp, encrypted = [], set()
     unix = []
@@ -165,7 +170,8 @@ def _listen(settings: ServerSettings, server: NbdServer, life: AsyncExitStack, i
                 encrypted.add(tcp[-1])
     for path in settings.unix:
         if not inherited.takes(path):
-            server.add_listener(bind_unix(path), tls_mode=settings.tls_unix)
+            listener = bind_unix(path, int(settings.unix_mode, 8), _group_of(settings.unix_group))
+            server.add_listener(listener, tls_mode=settings.tls_unix)
             life.callback(remove_socket, path)
             unix.append(path)
     control = settings.control if inherited.control is None else os.path.abspath(inherited.control.getsockname())
@@ -185,10 +191,13 @@ async def _start_control(
     settings: ServerSettings, reporter: Reporter, jobs: Jobs, life: AsyncExitStack, inherited: Inherited
 ) -> None:
     listener = inherited.control
+    group = _group_of(settings.control_group)
     if listener is None:
-        listener = bind_unix(settings.control)
+        listener = bind_unix(settings.control, 0o600 if group is None else 0o660, group)
         life.callback(remove_socket, settings.control)
-    runner = web.AppRunner(make_app(reporter, jobs), access_log=None, shutdown_timeout=settings.drain_seconds)
+    runner = web.AppRunner(
+        make_app(reporter, jobs, group=group), access_log=None, shutdown_timeout=settings.drain_seconds
+    )
     await runner.setup()
     life.push_async_callback(runner.cleanup)
     await web.SockSite(runner, listener).start()

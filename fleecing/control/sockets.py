@@ -48,31 +48,44 @@ def bind_tcp(host: str, port: int) -> list[socket.socket]:
     return listeners
 
 
-def bind_unix(path: str) -> socket.socket:
-    """A listening Unix socket that only this user may connect to (mode 0600 from the first moment on).
+def bind_unix(path: str, mode: int = 0o600, group: int | None = None) -> socket.socket:
+    """A listening Unix socket with these permissions, and of this group instead of the process's own.
 
-    Raises ConfigError.
+    It is bound for this user alone (mode 0600 from the first moment on), and nobody can connect before all is set: it
+    listens last. Raises ConfigError.
     """
-    clear_socket_path(path)
+    clear_socket_path(path, mode)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     before = os.umask(0o177)
     try:
         listener.bind(path)
-        listener.listen(BACKLOG)
     except OSError as e:
         listener.close()
         raise ConfigError(f"cannot listen on socket {path}: {e.strerror}") from None
     finally:
         os.umask(before)
+    try:
+        if group is not None:
+            os.chown(path, -1, group, follow_symlinks=False)
+        os.chmod(path, mode)
+        listener.listen(BACKLOG)
+    except OSError as e:
+        listener.close()
+        remove_socket(path)
+        what = f"mode {mode:04o}" + ("" if group is None else f" and group {group}")
+        raise ConfigError(
+            f"socket {path} cannot be given {what}: {e.strerror}; the server's user must be root or of that group"
+        ) from None
     return listener
 
 
-def clear_socket_path(path: str) -> None:
+def clear_socket_path(path: str, mode: int = 0o600) -> None:
     """Make `path` free to bind: its folder is there, and a socket that a dead server left behind is gone.
 
-    Raises ConfigError where a server answers on it, where it is no socket, and where the folder cannot be made.
+    A folder that has to be made can be passed by whom a socket of that `mode` is for. Raises ConfigError where a server
+    answers on it, where it is no socket, and where the folder cannot be made.
     """
-    _make_parent(path)
+    _make_parent(path, 0o700 if mode & 0o077 == 0 else 0o711)
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -92,10 +105,10 @@ def remove_socket(path: str) -> None:
         pass
 
 
-def _make_parent(path: str) -> None:
+def _make_parent(path: str, mode: int) -> None:
     parent = os.path.dirname(os.path.abspath(path))
     try:
-        os.makedirs(parent, mode=0o700, exist_ok=True)
+        os.makedirs(parent, mode=mode, exist_ok=True)
     except OSError as e:
         raise ConfigError(f"folder {parent} of socket {path} cannot be made: {e.strerror}") from None
     if not os.access(parent, os.W_OK | os.X_OK):

@@ -99,3 +99,44 @@ def test_a_port_in_use_is_named() -> None:
 def test_an_address_that_is_not_ours_is_named(host: str) -> None:
     with pytest.raises(ConfigError, match=f"cannot listen on {host}:1"):
         bind_tcp(host, 1)
+
+
+def test_a_unix_socket_can_be_a_groups(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "s"
+    group = os.getegid()
+    before = os.umask(0o077)
+    try:
+        with bind_unix(str(path), 0o660, group):
+            info = path.stat()
+            assert (stat.S_IMODE(info.st_mode), info.st_gid) == (0o660, group)
+    finally:
+        os.umask(before)
+
+
+def test_nobody_can_connect_before_the_socket_has_its_group_and_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "s")
+    seen = []
+
+    def chmod(name: str, mode: int) -> None:
+        with socket.socket(socket.AF_UNIX) as client, pytest.raises(ConnectionRefusedError):
+            client.connect(path)
+        seen.append(stat.S_IMODE(os.stat(name).st_mode))
+        real(name, mode)
+
+    real = os.chmod
+    monkeypatch.setattr(os, "chmod", chmod)
+    bind_unix(path, 0o666).close()
+    assert seen == [0o600]
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o666
+
+
+def test_a_group_that_cannot_be_had_leaves_no_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chown(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chown", chown)
+    with pytest.raises(ConfigError, match="cannot be given mode 0660 and group 61234: Operation not permitted"):
+        bind_unix(str(tmp_path / "s"), 0o660, 61234)
+    assert list(tmp_path.iterdir()) == []
