@@ -54,6 +54,7 @@ PACKAGES = {
     "nbd-server": "nbd-server",
     "nbdcopy": "libnbd-bin",
     "nbddump": "libnbd-bin",
+    "nbdfuse": "libnbd-bin",
     "nbdinfo": "libnbd-bin",
     "nbdkit": "nbdkit",
     "prlimit": "util-linux",

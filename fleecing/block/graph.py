@@ -202,6 +202,7 @@ def _revive(
         temp = TempImage.open(host, spec.temp_limit, trusted=trusted if power_lost else None)
         if temp.cluster_size != spec.cluster_size or temp.size != align_up(disk.size, 512):
             raise ImageError(spec.temp_path, -1, f"is a temp of {temp.size} bytes, not of this disk")
+        temp.check_written()  # what was found above may be what the disk had before: see HostFile.check_written
         linked = temp.linked()
         if copied is not None and trusted is not None:
             if (trusted & ~linked).any():

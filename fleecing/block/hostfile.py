@@ -12,6 +12,7 @@ import fcntl
 import os
 import stat
 import struct
+import threading
 from typing import Self
 
 from fleecing.block.node import Buffer
@@ -26,10 +27,21 @@ FALLOC_FL_ZERO_RANGE = 0x10
 BLKGETSIZE64 = 0x80081272
 BLKSSZGET = 0x1268
 
+# linux/fs.h
+SYNC_FILE_RANGE_WAIT_BEFORE = 1
+
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+# Keeps the interpreter's lock: it is over sooner than the lock is taken again. Arguments that are made once: a third
+# of the call is making them. No file has a page at that offset, so there is nothing to wait for.
+_sync_file_range = ctypes.PyDLL(None, use_errno=True).sync_file_range
+_NO_PAGES = (ctypes.c_int64(1 << 60), ctypes.c_int64(1), ctypes.c_uint(SYNC_FILE_RANGE_WAIT_BEFORE))
+
+
+class WritesLost(OSError):
+    """The system could not bring to the disk what it had taken; reads may give what was there before."""
 
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
@@ -48,6 +60,8 @@ class HostFile:
         mode = os.fstat(fd).st_mode
         self.is_block_device = stat.S_ISBLK(mode)
         self.sector = struct.unpack("i", fcntl.ioctl(fd, BLKSSZGET, b"\0" * 4))[0] if self.is_block_device else 1
+        self._lost: int | None = None  # the errno; under the lock, since the system tells it once
+        self._lost_lock = threading.Lock()
 
     @classmethod
     def open(cls, path: str, *, writable: bool = True) -> Self:
@@ -103,6 +117,21 @@ class HostFile:
             if e.errno not in _UNSUPPORTED:
                 raise
         return self.read_into(offset, buffer) == len(buffer)
+
+    def check_written(self) -> None:
+        """Raise WritesLost where writing to the disk has failed since the file was opened; from then on each time.
+
+        The system forgets pages that it could not write as it forgets others, and tells it once to those who ask. So
+        who must not read what was there before asks behind each read. That takes 0.7 us and waits for no disk: the
+        range has no pages.
+        """
+        with self._lost_lock:
+            if self._lost is None and _sync_file_range(self.fd, *_NO_PAGES):
+                code = ctypes.get_errno()
+                if code in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # others: the system does not know the call
+                    self._lost = code
+            if self._lost is not None:
+                raise WritesLost(self._lost, os.strerror(self._lost))
 
     def write(self, offset: int, data: Buffer) -> None:
         """Write all of `data`."""

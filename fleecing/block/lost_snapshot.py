@@ -80,6 +80,9 @@ class LostSnapshot(Node):
     def release(self) -> None:
         """It has no files to close."""
 
+    def check_written(self) -> None:
+        """Nothing is written to it."""
+
     def remove(self, timeout: float) -> None:
         """Readers are told from now on that it was deleted; its files are its folder's matter."""
         self.broken = "deleted"

@@ -33,6 +33,7 @@ from fleecing.block.copy_before_write import CopyBeforeWrite, OnCbwError
 from fleecing.block.durability import Durability
 from fleecing.block.extent import MAX_RUNS, Allocation, ClusterState, Runs, append_run, merge_runs, total_length
 from fleecing.block.flusher import Done, wait_for
+from fleecing.block.hostfile import WritesLost
 from fleecing.block.node import Buffer, Node
 from fleecing.block.qcow2.node import TempImage
 from fleecing.errors import BlockError, ImageError, SnapshotBroken
@@ -153,8 +154,8 @@ class SnapshotAccess(Node):
                 self._source.read_into(offset, buffer)
             if clusters.done[first]:
                 self.temp.read_into(offset, buffer)
-        except (OSError, BlockError):
-            clusters.check_readable(offset, length)  # the trim or the end that this error comes from, if it does
+        except (OSError, BlockError) as e:
+            self._read_failed(e, offset, length)
             raise
         if clusters.broken is not None or not clusters.access[first]:
             clusters.check_readable(offset, length)
@@ -197,10 +198,34 @@ class SnapshotAccess(Node):
                             self._read_run(self.temp, again, until, offset, buffer)
                 else:
                     self._read_run(self.temp, start, stop, offset, buffer)
-        except (OSError, BlockError):
-            clusters.check_readable(offset, length)
+        except (OSError, BlockError) as e:
+            self._read_failed(e, offset, length)
             raise
         clusters.check_readable(offset, length)
+
+    def _read_failed(self, error: Exception, offset: int, length: int) -> None:
+        """Raise the break, the trim or the end that this error of a file comes from, if it does."""
+        if isinstance(error, WritesLost):
+            self._lost(error)
+        self.clusters.check_readable(offset, length)
+
+    def _lost(self, error: WritesLost) -> None:
+        self.clusters.break_(f"the disk of temp did not take what was written to it: {error.strerror}")
+
+    def check_written(self) -> None:
+        """Break the snapshot where the disk below it did not take what was written. Waits for nothing, call it often.
+
+        The next process would not learn of it, and a reader only when it reads from the disk.
+        """
+        if self.clusters.broken is not None or not self._users_lock.acquire(blocking=False):
+            return
+        try:
+            if not self._removed:
+                self.temp.check_written()
+        except WritesLost as e:
+            self._lost(e)
+        finally:
+            self._users_lock.release()
 
     def _read_run(self, node: Node | TempImage, start: int, stop: int, offset: int, buffer: memoryview) -> None:
         """Read what clusters [start, stop) have of the range at `offset` that `buffer` stands for."""
@@ -433,6 +458,10 @@ class SnapshotAccess(Node):
                 self.temp.sync()
                 if self.clusters.trimmed is not None:
                     self.clusters.trimmed.sync()
+        except OSError as e:
+            # The system tells it once; what it lost, the next process would take for the disk of the instant.
+            self.clusters.break_(f"its files could not be made durable: {e.strerror}")
+            raise
         finally:
             self.temp.close()
             if self.clusters.trimmed is not None:

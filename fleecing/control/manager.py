@@ -96,6 +96,8 @@ class Manager:
                 disk.keeper.touch()
             except OSError as e:
                 log.error("disk %s: the sign of life cannot be given: %s", disk.name, e)
+        for snapshot in list(self._snapshots.values()):
+            snapshot.node.check_written()
 
     def _settle(self) -> None:
         for disk in list(self.disks.values()):

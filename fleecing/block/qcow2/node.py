@@ -208,7 +208,10 @@ class TempImage:
         return self.host_offset(cluster) == ZERO_CLUSTER, self._mapping.next_change(cluster, end) - cluster
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from a range all of whose clusters are linked; ImageError where one is not (any more)."""
+        """Fill `buffer` from a range all of whose clusters are linked; ImageError where one is not (any more).
+
+        Raises WritesLost where the host's disk may have lost them.
+        """
         bits, length = self._bits, len(buffer)
         cluster = offset >> bits
         within = offset & self._mask
@@ -243,6 +246,7 @@ class TempImage:
     def _read_run(self, cluster: int, host: int, within: int, buffer: memoryview) -> None:
         if host > ZERO_CLUSTER:
             done = self.file.read_into(host + within, buffer)
+            self.file.check_written()
             if done < len(buffer):  # the file ends in the last data cluster
                 _fill_zeroes(buffer[done:])
         elif host == ZERO_CLUSTER:
@@ -267,6 +271,10 @@ class TempImage:
     def sync(self) -> None:
         """Everything that is linked is durable when this returns."""
         self.file.sync()
+
+    def check_written(self) -> None:
+        """Raise WritesLost where the host's disk did not take what was written here. Waits for nothing."""
+        self.file.check_written()
 
     def close(self) -> None:
         """Give the file back; once is enough."""
