@@ -36,10 +36,12 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     with ExitStack() as stack:
         started = 0
 
-        def start(images: Path | Mapping[str, Path], *options: str, wrapper: Sequence[str] = ()) -> Server:
+        def start(
+            images: Path | Mapping[str, Path], *options: str, wrapper: Sequence[str] = (), config: str = ""
+        ) -> Server:
             nonlocal started
             started += 1
-            server = Server(tmp_path / f"server{started}", images, *options, wrapper=wrapper)
+            server = Server(tmp_path / f"server{started}", images, *options, wrapper=wrapper, config=config)
             stack.callback(server.stop)
             return server
 

@@ -32,18 +32,26 @@ class Server:
     """A running `fleecing serve`. `images` is one path (disk "vda"), or several by the names of their disks.
 
     FOLDER gets the sockets, the state and the log; one server a folder. `options` go to the command line as they are.
-    `wrapper` is a program that runs the server, for instance prlimit. `start` it again after `stop` or `kill`.
+    `wrapper` is a program that runs the server, for instance prlimit; `config` is what its configuration holds besides
+    several disks, and can be changed (`configure`). `start` it again after `stop` or `kill`.
     """
 
     def __init__(
-        self, folder: Path, images: Path | Mapping[str, Path], *options: str, wrapper: Sequence[str] = ()
+        self,
+        folder: Path,
+        images: Path | Mapping[str, Path],
+        *options: str,
+        wrapper: Sequence[str] = (),
+        config: str = "",
     ) -> None:
         folder.mkdir(exist_ok=True)
         self.unix = folder / "nbd.sock"
         self.control_path = folder / "control.sock"
         self.state_dir = folder / "state"
         disks = {"vda": images} if isinstance(images, Path) else images
-        what = [str(images), "--name", "vda"] if isinstance(images, Path) else ["--config", _config(folder, disks)]
+        self._config, self._disks = folder / "fleecing.toml", disks
+        self.configure(config)
+        what = [str(images), "--name", "vda"] if isinstance(images, Path) else ["--config", str(self._config)]
         places = ["--unix", str(self.unix), "--listen", "127.0.0.1:0", "--control", str(self.control_path)]
         places += ["--state-dir", str(self.state_dir)]
         self._folder = folder
@@ -64,6 +72,11 @@ class Server:
         except BaseException:
             self.kill()
             raise
+
+    def configure(self, text: str) -> None:
+        """Write the configuration; a server that runs is not told."""
+        disks = "".join(f'[disk.{name}]\npath = "{image}"\n' for name, image in self._disks.items())
+        self._config.write_text(f"{text}\n{disks}")
 
     @property
     def log(self) -> str:
@@ -144,10 +157,3 @@ class Server:
 
 Serve = Callable[..., Server]
 """What the fixture `serve` gives: takes what Server takes after the folder."""
-
-
-def _config(folder: Path, disks: Mapping[str, Path]) -> str:
-    """A configuration with these disks."""
-    path = folder / "fleecing.toml"
-    path.write_text("".join(f'[disk.{name}]\npath = "{image}"\n' for name, image in disks.items()))
-    return str(path)

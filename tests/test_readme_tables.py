@@ -16,6 +16,7 @@ import pytest
 from fleecing.block.extent import MAX_RUNS, ClusterState
 from fleecing.cli.main import main
 from fleecing.control import creation, manager, paths, sockets
+from fleecing.control.access import AccessRule
 from fleecing.control.api import make_app
 from fleecing.control.config import DEFAULT_PORT, DiskSettings, LimitSettings, ServerSettings
 from fleecing.control.jobs import Jobs
@@ -83,11 +84,15 @@ def test_the_rule_of_names_is_that_of_the_code() -> None:
 def test_the_configuration_is_complete() -> None:
     keys = rows("Configuration")
     known = [field.alias for model in (ServerSettings, DiskSettings) for field in model.model_fields.values()]
-    tables = {"disk": "[disk.NAME]", "limits": "[limits]"}
+    tables = {"disk": "[disk.NAME]", "limits": "[limits]", "access": "[[access]]"}
     assert list(keys) == [tables.get(str(key), key) for key in known]
     assert f"127.0.0.1:{DEFAULT_PORT}" in keys["listen"]
     assert keys["drain-seconds"] == f"{ServerSettings.model_fields['drain_seconds'].default:g}"
     assert keys["cluster-size"] == f"{DiskSettings(path='/x').cluster_size // KiB}K"
+
+
+def test_the_keys_of_a_rule_are_complete() -> None:
+    assert list(rows("Rules")) == list(AccessRule.model_fields)
 
 
 def test_the_control_api_is_complete() -> None:

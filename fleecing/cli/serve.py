@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +103,21 @@ def serve(
 
     Without --listen and --unix the server listens on 127.0.0.1:10809 and on nbd.sock beside the default control
     socket. Lines to paste into QEMU and into a shell are printed on stderr. SIGTERM or Ctrl-C ends it: requests in
-    flight are finished first, and the exit code is 0. SIGHUP has the certificates of --tls-dir read again.
+    flight are finished first, and the exit code is 0. SIGHUP has the certificates of --tls-dir and the access rules of
+    FILE read again.
     """
     for_image = {"path": image, "format": image_format, "cluster-size": cluster_size}
     inherited = take_sockets()
     activated = bool(inherited.nbd)
     options["limits"] = dict(options.pop("limit")) or None
+    reread: Callable[[], ServerSettings] | None = None
     if config is not None:
         if image is not None or name is not None or any(value is not None for value in for_image.values()):
             raise click.UsageError(
                 "IMAGE, --name, --format and --cluster-size do not go with --config FILE: say it there."
             )
-        settings = read_config(config, _given(options), activated=activated)
+        reread = functools.partial(read_config, config, _given(options), activated=activated)
+        settings = reread()
     elif image is None:
         raise click.UsageError("Name the IMAGE to serve, or a --config FILE.")
     else:
@@ -123,7 +128,13 @@ def serve(
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(asctime)s %(levelname)s %(message)s",
     )
-    daemon.run(settings, program=_program(), announce=lambda text: click.echo(text, err=True), inherited=inherited)
+    daemon.run(
+        settings,
+        program=_program(),
+        announce=lambda text: click.echo(text, err=True),
+        inherited=inherited,
+        reread=reread,
+    )
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,11 @@ drain-seconds = 10                      # how long requests in flight may take w
 [limits]                                # of NBD clients
 clients = 1024
 
+[[access]]                              # who may do what; none: all may do everything (see access.py)
+export = "vda@*"
+allow = ["read", "trim"]
+user = "backup"
+
 [disk.vda]
 path = "/srv/vda.img"                   # relative paths start at the folder of this file
 format = "raw"
@@ -44,6 +49,7 @@ from pydantic import (
     model_validator,
 )
 
+from fleecing.control.access import AccessRule
 from fleecing.control.accounts import Group
 from fleecing.control.fields import ClusterSize, Name, Size
 from fleecing.control.paths import default_control_path, default_state_dir, default_unix_path
@@ -190,6 +196,7 @@ class ServerSettings(_Settings):
     insecure_listen: bool = False
     drain_seconds: float = Field(default=10.0, ge=0, le=3600)
     limits: LimitSettings = LimitSettings()
+    access: tuple[AccessRule, ...] | None = None
     disk: dict[Name, DiskSettings] = Field(min_length=1)
 
     @model_validator(mode="before")
@@ -219,6 +226,8 @@ class ServerSettings(_Settings):
             raise ValueError("TLS needs tls-dir (--tls-dir), the folder of server-cert.pem and server-key.pem")
         if self.tls_verify_client and not self.uses_tls:
             raise ValueError('tls-verify-client needs TLS: give tls = "require" (--tls require), too')
+        if not self.tls_verify_client and any(rule.needs_certificate for rule in self.access or ()):
+            raise ValueError("access: cn, dn and san are of verified certificates: give tls-verify-client = true, too")
         for address in self.listen:
             if not (address.is_loopback or self.insecure_listen or self.tls_of(address) is TlsMode.REQUIRE):
                 raise ValueError(

@@ -16,6 +16,7 @@ from contextlib import AsyncExitStack
 import uvloop
 from aiohttp import web
 
+from fleecing.control.access import make_policy
 from fleecing.control.accounts import group_id
 from fleecing.control.activation import Inherited
 from fleecing.control.addresses import Addresses, paste_lines
@@ -29,6 +30,7 @@ from fleecing.control.report import Reporter
 from fleecing.control.sockets import bind_tcp, bind_unix, remove_socket
 from fleecing.errors import ConfigError
 from fleecing.nbd.handshake import TlsMode
+from fleecing.server.access import Policy
 from fleecing.server.limits import Limits
 from fleecing.server.listener import NbdServer
 
@@ -52,17 +54,25 @@ def run(
     program: str,
     announce: Callable[[str], None],
     inherited: Inherited | None = None,
+    reread: Callable[[], ServerSettings] | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT comes, then drain. SIGHUP has the certificates read again.
+    """Serve until SIGTERM or SIGINT comes, then drain. SIGHUP has certificates and access rules read again.
 
     `announce` gets the lines to paste once, when everything listens; `program` is what starts this program in a shell.
     `inherited` sockets, which systemd keeps, are served besides those of the settings; the control socket goes first.
+    `reread` gives the settings as they are by then; None where there is no file that they come from.
     Raises ConfigError where the server cannot start; then nothing of it is left.
     """
-    uvloop.run(_serve(settings, program, announce, inherited or Inherited()))
+    uvloop.run(_serve(settings, program, announce, inherited or Inherited(), reread))
 
 
-async def _serve(settings: ServerSettings, program: str, announce: Callable[[str], None], inherited: Inherited) -> None:
+async def _serve(
+    settings: ServerSettings,
+    program: str,
+    announce: Callable[[str], None],
+    inherited: Inherited,
+    reread: Callable[[], ServerSettings] | None,
+) -> None:
     loop = asyncio.get_running_loop()
     # Calls that wait for a slow disk must not hold up a status: the default is 4 more than there are CPUs.
     loop.set_default_executor(ThreadPoolExecutor(CALLS, "control"))
@@ -79,13 +89,13 @@ async def _serve(settings: ServerSettings, program: str, announce: Callable[[str
         life.callback(notifier.close)
         manager = await asyncio.to_thread(Manager, settings)
         life.push_async_callback(asyncio.to_thread, manager.close)
-        server = NbdServer(manager, limits=_within_reach(settings.limits.limits()))
+        server = NbdServer(manager, limits=_within_reach(settings.limits.limits()), policy=_policy(settings))
         life.push_async_callback(server.close, settings.drain_seconds)
         if certificates is not None:
             server.tls_context = certificates.load()
             if (flaw := certificates.flaw(server.tls_context)) is not None:
                 log.error("%s", flaw)
-        reloading = loop.create_task(_reload_each_time(reload, certificates, server))
+        reloading = loop.create_task(_reload_each_time(reload, certificates, server, settings, reread))
         life.callback(reloading.cancel)
         addresses = _listen(settings, server, life, inherited)
         jobs = await asyncio.to_thread(Jobs, manager, settings.state_dir)
@@ -115,20 +125,49 @@ def _status(manager: Manager, server: NbdServer) -> str:
     return f"{text}, {broken} of them broken" if broken else text
 
 
-async def _reload_each_time(asked: asyncio.Event, certificates: Certificates | None, server: NbdServer) -> None:
-    """Whenever SIGHUP came: clients that come from then on get the certificates that are there now."""
+async def _reload_each_time(
+    asked: asyncio.Event,
+    certificates: Certificates | None,
+    server: NbdServer,
+    settings: ServerSettings,
+    reread: Callable[[], ServerSettings] | None,
+) -> None:
+    """Whenever SIGHUP came: later clients meet the certificates and access rules that are there now."""
     while True:
         await asked.wait()
         asked.clear()
         if certificates is None:
             log.info("SIGHUP: there are no certificates to read again")
-            continue
-        try:
-            server.tls_context = await asyncio.to_thread(certificates.renew)
-        except (ConfigError, OSError) as e:
-            log.error("the certificates stay as they were: %s", e)
         else:
-            log.info("certificates read again from %s", certificates.folder)
+            await _reload_certificates(certificates, server)
+        if reread is not None:
+            await _reload_rules(reread, server, settings)
+
+
+async def _reload_certificates(certificates: Certificates, server: NbdServer) -> None:
+    try:
+        server.tls_context = await asyncio.to_thread(certificates.renew)
+    except (ConfigError, OSError) as e:
+        log.error("the certificates stay as they were: %s", e)
+    else:
+        log.info("certificates read again from %s", certificates.folder)
+
+
+async def _reload_rules(reread: Callable[[], ServerSettings], server: NbdServer, settings: ServerSettings) -> None:
+    try:
+        fresh = await asyncio.to_thread(reread)
+        server.policy = await asyncio.to_thread(_policy, fresh)
+    except (ConfigError, ValueError) as e:
+        log.error("the access rules stay as they were: %s", e)
+        return
+    log.info("access rules read again: %s", "none" if fresh.access is None else f"{len(fresh.access)} of them")
+    if fresh.model_copy(update={"access": settings.access}) != settings:
+        log.warning("other settings have changed as well: they wait for the next start")
+
+
+def _policy(settings: ServerSettings) -> Policy | None:
+    """Without rules everybody who gets in may do everything."""
+    return None if settings.access is None else make_policy(settings.access)
 
 
 def _within_reach(limits: Limits) -> Limits:

@@ -116,6 +116,10 @@ class Manager:
             for snapshot in self.snapshots(disk.name):
                 yield snapshot.export.name, snapshot.export.description
 
+    def defaults(self) -> Iterable[str]:
+        """The active disks: the empty name is the only one of them."""
+        return list(self.disks)
+
     def find(self, name: str) -> ExportInfo | None:
         """What a client is told of the export; "" is the only disk where there is one only."""
         export = self.open(name)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from fleecing.errors import ProtocolError
@@ -78,6 +78,22 @@ class ExportInfo:
     tls_only: bool = False
     writable: bool = True
     """False: WRITE and WRITE_ZEROES are EPERM even where the flags do not say READ_ONLY (see RequestLimits)."""
+    trimmable: bool = True
+    """False: TRIM is EPERM (without SEND_TRIM alone it is EINVAL)."""
+    enterable: bool = True
+    """False: this client may know of the export and no more."""
+
+    def without_changes(self, *, write: bool, trim: bool) -> ExportInfo:
+        """The same for a client that may not `write`, or not `trim`; READ_ONLY where neither is left."""
+        flags = self.flags
+        if write:
+            flags &= ~(TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO)
+        if trim:
+            flags &= ~TransmissionFlag.SEND_TRIM
+        writable, trimmable = self.writable and not write, self.trimmable and not trim
+        if not (writable or trimmable):
+            flags |= TransmissionFlag.READ_ONLY
+        return replace(self, flags=flags, writable=writable, trimmable=trimmable)
 
 
 class ExportCatalog(Protocol):
@@ -111,6 +127,7 @@ class Agreement:
             contexts=bool(self.contexts),
             minimum_block=self.export.minimum_block,
             writable=self.export.writable,
+            trimmable=self.export.trimmable,
             read_once=any(name == READ_ONCE for _, name in self.contexts),
         )
 
@@ -253,7 +270,7 @@ class ServerHandshake(Conversation):
                 raise OptionError(Rep.ERR_TOO_BIG, f"a name above {MAX_STRING} bytes")
             if self._mode is ReplyMode.EXTENDED:
                 raise OptionError(Rep.ERR_INVALID, "after EXTENDED_HEADERS a client MUST NOT use it")
-            export = self._find(options.string(data, "export name"), Opt.EXPORT_NAME)
+            export = self._enterable(self._find(options.string(data, "export name"), Opt.EXPORT_NAME))
         except OptionError as error:
             raise ProtocolError(f"EXPORT_NAME cannot be satisfied: {error}") from None
         agreement = self._agree(export)
@@ -272,6 +289,8 @@ class ServerHandshake(Conversation):
     def _info_or_go(self, number: int, data: bytes) -> None:
         name, items = options.parse_info_request(data)
         export = self._find(name, number)
+        if number == Opt.GO:
+            self._enterable(export)
         agreement = self._agree(export)
         if Info.NAME in items:
             self._reply(number, Rep.INFO, options.info_string(Info.NAME, export.name))
@@ -319,6 +338,12 @@ class ServerHandshake(Conversation):
                 raise OptionError(Rep.ERR_TLS_REQD, f"export {name!r} is served under TLS only")
             what = f"there is no export {name!r}" if name else "there is no default export: name one"
             raise OptionError(Rep.ERR_UNKNOWN, what)
+        return export
+
+    @staticmethod
+    def _enterable(export: ExportInfo) -> ExportInfo:
+        if not export.enterable:
+            raise OptionError(Rep.ERR_POLICY, f"export {export.name!r} may not be opened by this client")
         return export
 
     def _hidden(self, export: ExportInfo) -> bool:

@@ -239,6 +239,8 @@ class RequestLimits:
     minimum_block: int = DEFAULT_MINIMUM_BLOCK
     writable: bool = True
     """False answers as READ_ONLY does, without telling the client: clients send no TRIM to an export that tells it."""
+    trimmable: bool = True
+    """False: TRIM is EPERM, where it would be EINVAL without SEND_TRIM."""
     read_once: bool = False
     """Whether the meta context was selected that allows READ_ONCE."""
 
@@ -312,6 +314,8 @@ def _check_permission(limits: RequestLimits, command: Cmd) -> None:
     read_only = TransmissionFlag.READ_ONLY in limits.flags or not limits.writable
     if command in (Cmd.WRITE, Cmd.WRITE_ZEROES) and read_only:
         raise RequestError(NbdError.EPERM, f"{command.name} on a read-only export")
+    if command is Cmd.TRIM and not limits.trimmable:
+        raise RequestError(NbdError.EPERM, "TRIM is not allowed to this client")
     needed = _NEEDED_FLAG.get(command)
     if needed is not None and needed not in limits.flags:
         error = NbdError.EPERM if command is Cmd.TRIM and read_only else NbdError.EINVAL

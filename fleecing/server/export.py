@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -107,6 +108,12 @@ class Export:
     def receipts(self, contexts: Iterable[str]) -> Receipts | None:
         """What a connection with these contexts has to keep of its READs; None = nothing, as nearly always."""
         return Receipts(self._read_once) if self._read_once is not None and READ_ONCE in contexts else None
+
+    def described(self, info: ExportInfo) -> Export:
+        """The same under another description, which may allow less: contexts that it does not name, requests."""
+        other = copy.copy(self)
+        other.info = info
+        return other
 
     def retain(self) -> None:
         """A connection starts to use the node."""

@@ -12,15 +12,15 @@ import socket
 import ssl
 import struct
 from collections.abc import Iterable
-from typing import Protocol
 
 from fleecing.errors import ProtocolError
-from fleecing.nbd.handshake import ExportCatalog, ServerHandshake, TlsMode
+from fleecing.nbd.handshake import ServerHandshake, TlsMode
+from fleecing.server.access import Catalog, ClientCatalog, Policy
 from fleecing.server.budget import Budget
 from fleecing.server.connection import Connection
 from fleecing.server.door import Door
-from fleecing.server.export import Export
 from fleecing.server.limits import Limits
+from fleecing.server.peer import Certificate, peer_of
 from fleecing.server.tls import Stream, TlsSocket
 from fleecing.units import KiB
 
@@ -33,13 +33,6 @@ _RECEIVE = 64 * KiB
 _PROBES = 5
 
 
-class Catalog(ExportCatalog, Protocol):
-    """What the handshake asks, and the export itself."""
-
-    def open(self, name: str) -> Export | None:
-        """The export of that name, or None where it is gone by now."""
-
-
 class NbdServer:
     """Serves a catalog's exports on any number of listening sockets. All methods are for the loop's thread."""
 
@@ -50,9 +43,11 @@ class NbdServer:
         limits: Limits | None = None,
         tls_mode: TlsMode = TlsMode.OFF,
         tls_context: ssl.SSLContext | None = None,
+        policy: Policy | None = None,
     ) -> None:
-        """`tls_context` is needed unless TLS is OFF for all listeners."""
+        """`tls_context` is needed unless TLS is OFF for all listeners; without a `policy` all may do everything."""
         self._catalog = catalog
+        self.policy = policy  # may be replaced at any time: later clients get the new one
         self._tls_mode = tls_mode
         self.tls_context = tls_context  # may be replaced at any time: later clients get the new one
         self._limits = limits or Limits()
@@ -160,17 +155,23 @@ class NbdServer:
     async def _haggle(self, sock: socket.socket, peer: str, ip: str, tls: TlsMode) -> Connection | None:
         loop = asyncio.get_running_loop()
         _tune(sock, self._limits)
-        handshake = ServerHandshake(self._catalog, tls=tls)
+        catalog = self._catalog
+        if self.policy is not None:
+            catalog = ClientCatalog(catalog, self.policy, peer_of(sock), peer)
+        handshake = ServerHandshake(catalog, tls=tls)
         async with asyncio.timeout(self._limits.handshake_seconds):
-            stream = await self._drive(handshake, sock)
+            stream = await self._drive(handshake, sock, catalog)
         if handshake.agreement is None:
             if not handshake.closing:
                 log.debug("x %s hung up in the handshake", peer)
             return None
-        export = self._catalog.open(handshake.agreement.export.name)
+        name = handshake.agreement.export.name
+        export = catalog.open(name)
         if export is None:
-            log.info("client %s dropped: %s is gone", peer, handshake.agreement.export.name)
+            log.info("client %s dropped: %s is gone", peer, name)
             return None
+        if isinstance(catalog, ClientCatalog):
+            log.info("client %s (%s) may do with %s: %s", peer, catalog.client, name, catalog.access(name))
         sock.setblocking(True)
         return Connection(
             stream,
@@ -183,7 +184,7 @@ class NbdServer:
             limits=self._limits,
         )
 
-    async def _drive(self, handshake: ServerHandshake, sock: socket.socket) -> Stream:
+    async def _drive(self, handshake: ServerHandshake, sock: socket.socket, catalog: Catalog) -> Stream:
         """Carry bytes between the client and the handshake until it is over or the client hangs up."""
         loop = asyncio.get_running_loop()
         tls: TlsSocket | None = None
@@ -205,6 +206,8 @@ class NbdServer:
                 assert self.tls_context is not None
                 tls = TlsSocket(sock, self.tls_context)
                 await tls.handshake()
+                if isinstance(catalog, ClientCatalog) and (found := tls.peer_certificate()) is not None:
+                    catalog.identify(Certificate.of(found))
                 handshake.tls_started()
                 await send()
         return tls or sock

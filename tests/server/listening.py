@@ -32,6 +32,9 @@ class Exports:
     def names(self) -> Iterable[tuple[str, str]]:
         return [(export.name, export.description) for export in self.exports.values()]
 
+    def defaults(self) -> Iterable[str]:
+        return [name for name in self.exports if "@" not in name]
+
     def find(self, name: str) -> ExportInfo | None:
         if self.fault is not None:
             raise self.fault
