@@ -57,6 +57,7 @@ PACKAGES = {
     "nbdfuse": "libnbd-bin",
     "nbdinfo": "libnbd-bin",
     "nbdkit": "nbdkit",
+    "nsenter": "util-linux",
     "prlimit": "util-linux",
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
@@ -68,6 +69,7 @@ PACKAGES = {
     "systemd-socket-activate": "systemd",
     "systemd-sysusers": "systemd",
     "umount": "mount",
+    "unshare": "util-linux",
 }
 
 # The PATH of a plain user lacks these, and several peers live there.

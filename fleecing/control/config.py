@@ -56,8 +56,9 @@ from fleecing.control.paths import default_control_path, default_state_dir, defa
 from fleecing.control.sizes import DEFAULT_CLUSTER
 from fleecing.control.sockets import check_socket_path
 from fleecing.errors import ConfigError
+from fleecing.nbd.constants import MAX_STRING
 from fleecing.nbd.conversation import TlsMode
-from fleecing.server.limits import LEAST_IN_FLIGHT, LEAST_READ_MEMORY, Limits
+from fleecing.server.limits import LEAST_IN_FLIGHT, LEAST_NAME, LEAST_OPTION, LEAST_READ_MEMORY, Limits
 from fleecing.units import format_size
 
 DEFAULT_PORT = 10809
@@ -169,6 +170,10 @@ class LimitSettings(_Settings):
     clients_per_address: int = Field(default=_LIMITS.clients_per_address, ge=0, le=100_000)
     requests_in_flight: int = Field(default=_LIMITS.requests_in_flight, ge=1, le=4096)
     bytes_in_flight: Annotated[Size, _at_least(LEAST_IN_FLIGHT)] = _LIMITS.bytes_in_flight
+    all_requests_in_flight: int = Field(default=_LIMITS.all_requests_in_flight, ge=1, le=1_000_000)
+    all_bytes_in_flight: Annotated[Size, _at_least(LEAST_IN_FLIGHT)] = _LIMITS.all_bytes_in_flight
+    option_bytes: Annotated[Size, _at_least(LEAST_OPTION)] = _LIMITS.option_bytes
+    name_bytes: int = Field(default=_LIMITS.name_bytes, ge=LEAST_NAME, le=MAX_STRING)
     read_memory: Annotated[Size, _at_least(LEAST_READ_MEMORY)] = _LIMITS.read_memory
     send_seconds: float = Field(default=_LIMITS.send_seconds, ge=0, le=86400)
     keepalive_seconds: float = Field(default=_LIMITS.keepalive_seconds, ge=0, le=86400)

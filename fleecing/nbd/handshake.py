@@ -12,8 +12,8 @@
 
 All else is an error reply: the server "MUST [...] simply error inbound options until the client gets the hint that it
 is unwelcome". An option's data is read before anything is decided, so the stream stays in step whatever the answer.
-Data above MAX_HELD is consumed without being kept and answered with ERR_TOO_BIG; above MAX_CONSUMED it is taken for
-denial of service.
+Data above a limit (MAX_HELD) is consumed without being kept and answered with ERR_TOO_BIG; above MAX_CONSUMED it is
+taken for denial of service.
 
 What a client selected (reply mode, contexts) is held in two fields and checked when the export is chosen.
 """
@@ -48,7 +48,7 @@ from fleecing.nbd.transmission import RequestLimits
 __all__ = ["Agreement", "ExportCatalog", "ExportInfo", "ReplyMode", "ServerHandshake", "TlsMode"]
 
 MAX_HELD: Final = 1 << 18
-"""The longest option data that is kept, in bytes: more than the longest GO that the format allows."""
+"""The longest option data that is kept, in bytes, where nothing else is said: more than the longest GO may have."""
 MAX_CONSUMED: Final = 1 << 25
 """The longest option data that is put up with, in bytes (QEMU's limit as well)."""
 MAX_UNSENT: Final = 1 << 20
@@ -135,12 +135,23 @@ class Agreement:
 class ServerHandshake(Conversation):
     """Greets a client and answers its options until `agreement` or `closing` is set, or ProtocolError is raised."""
 
-    def __init__(self, catalog: ExportCatalog, *, tls: TlsMode = TlsMode.OFF, logger: Logger = _LOGGER) -> None:
+    def __init__(
+        self,
+        catalog: ExportCatalog,
+        *,
+        tls: TlsMode = TlsMode.OFF,
+        most_data: int = MAX_HELD,
+        longest_name: int = MAX_STRING,
+        logger: Logger = _LOGGER,
+    ) -> None:
+        """`most_data` of an option and `longest_name` of an export that it asks for: bytes."""
         self.agreement: Agreement | None = None
         self.shutting_down = False
         """Set by the owner: "SHOULD error further options [...] with NBD_REP_ERR_SHUTDOWN"."""
         self._catalog = catalog
         self._tls = tls
+        self._most_data = most_data
+        self._longest_name = longest_name
         self._fixed_newstyle = False
         self._zeroes = True
         self._forget()
@@ -186,7 +197,7 @@ class ServerHandshake(Conversation):
             raise ProtocolError("the client sends options without waiting for the replies")
         if self._debug:
             self._log.debug("< %s, %d bytes", option_name(number), length)
-        if length <= MAX_HELD:
+        if length <= self._most_data:
             return number, (yield from self._read(length))
         yield from self._skip(length)
         return number, None
@@ -230,7 +241,7 @@ class ServerHandshake(Conversation):
         if number in _WITHOUT_DATA and data != b"":
             raise OptionError(Rep.ERR_INVALID, f"{option_name(number)} takes no data")
         if number in _WITH_DATA and data is None:
-            raise OptionError(Rep.ERR_TOO_BIG, f"{option_name(number)} with more than {MAX_HELD} bytes of data")
+            raise OptionError(Rep.ERR_TOO_BIG, f"{option_name(number)} with more than {self._most_data} bytes of data")
         return data or b""
 
     def _admit(self, number: int) -> None:
@@ -267,7 +278,7 @@ class ServerHandshake(Conversation):
         try:
             self._admit(Opt.EXPORT_NAME)
             if data is None:
-                raise OptionError(Rep.ERR_TOO_BIG, f"a name above {MAX_STRING} bytes")
+                raise OptionError(Rep.ERR_TOO_BIG, f"more than {self._most_data} bytes of data")
             if self._mode is ReplyMode.EXTENDED:
                 raise OptionError(Rep.ERR_INVALID, "after EXTENDED_HEADERS a client MUST NOT use it")
             export = self._enterable(self._find(options.string(data, "export name"), Opt.EXPORT_NAME))
@@ -331,6 +342,8 @@ class ServerHandshake(Conversation):
     # What the answers are made of
 
     def _find(self, name: str, number: int) -> ExportInfo:
+        if len(name) > self._longest_name or len(name.encode()) > self._longest_name:
+            raise OptionError(Rep.ERR_TOO_BIG, f"an export's name may have {self._longest_name} bytes here, not more")
         export = self._catalog.find(name)
         if export is None or self._hidden(export):
             if export is not None and number in (Opt.INFO, Opt.GO) and self._tls is TlsMode.ALLOW:

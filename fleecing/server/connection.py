@@ -36,6 +36,7 @@ from fleecing.server.export import MAXIMUM_PAYLOAD, Export, answer_to
 from fleecing.server.limits import Limits
 from fleecing.server.outbox import GATHER, LARGEST_PIECE, Outbox, TellingOutbox
 from fleecing.server.service import Service
+from fleecing.server.shares import Shares
 from fleecing.server.tls import Stream, TlsSocket
 from fleecing.units import MiB
 
@@ -62,6 +63,7 @@ class Connection:
         leftover: bytes,
         *,
         budget: Budget,
+        shares: Shares,
         on_close: Callable[[Connection], None],
         limits: Limits | None = None,
     ) -> None:
@@ -78,7 +80,7 @@ class Connection:
         self._on_close = on_close
         receipts = export.receipts(name for _, name in agreement.contexts)
         self._out = Outbox(sock) if receipts is None else TellingOutbox(sock, receipts.sent)
-        self._service = Service(agreement, export, self._out, budget, receipts, limits or Limits())
+        self._service = Service(agreement, export, self._out, budget, shares, receipts, limits or Limits())
         self._buffer = bytearray(RECEIVE_SIZE)
         self._view = memoryview(self._buffer)
         self._view[: len(leftover)] = leftover

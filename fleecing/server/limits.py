@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fleecing.server.export import MAXIMUM_PAYLOAD
-from fleecing.units import MiB
+from fleecing.units import KiB, MiB
 
 LEAST_IN_FLIGHT = MiB
 """Bytes: a request's payload that may be under way in other threads, or it would wait for ever."""
 
 LEAST_READ_MEMORY = MAXIMUM_PAYLOAD
 """Bytes: the largest READ, for the same reason."""
+
+LEAST_OPTION = 8 * KiB
+"""Bytes: the longest name with whatever a client of today asks about it."""
+
+LEAST_NAME = 257
+"""Bytes: the longest name that an export of ours may have."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,14 @@ class Limits:
     """Of a client, that may be under way in other threads; then its connection waits."""
     bytes_in_flight: int = 16 * MiB
     """Payload of these; at least LEAST_IN_FLIGHT."""
+    all_requests_in_flight: int = 4096
+    """The same of all clients together; a client alone gets half of it (`shares`)."""
+    all_bytes_in_flight: int = 256 * MiB
+    """Payload of these; at least LEAST_IN_FLIGHT."""
+    option_bytes: int = 256 * KiB
+    """Data of an option in the handshake; at least LEAST_OPTION. A longer one is refused."""
+    name_bytes: int = 4096
+    """The name of an export that is asked for; LEAST_NAME to MAX_STRING."""
     read_memory: int = 4 * MAXIMUM_PAYLOAD
     """For long READs with simple replies, of all clients together; at least LEAST_READ_MEMORY."""
     send_seconds: float = 60.0

@@ -21,6 +21,7 @@ from fleecing.server.connection import Connection
 from fleecing.server.door import Door
 from fleecing.server.limits import Limits
 from fleecing.server.peer import Certificate, peer_of
+from fleecing.server.shares import Shares
 from fleecing.server.tls import Stream, TlsSocket
 from fleecing.units import KiB
 
@@ -53,6 +54,7 @@ class NbdServer:
         self._limits = limits or Limits()
         self._door = Door(self._limits)
         self._budget = Budget(self._limits.read_memory)
+        self._shares = Shares(self._limits.all_requests_in_flight, self._limits.all_bytes_in_flight)
         self._listeners: list[socket.socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._connections: set[Connection] = set()
@@ -158,7 +160,9 @@ class NbdServer:
         catalog = self._catalog
         if self.policy is not None:
             catalog = ClientCatalog(catalog, self.policy, peer_of(sock), peer)
-        handshake = ServerHandshake(catalog, tls=tls)
+        handshake = ServerHandshake(
+            catalog, tls=tls, most_data=self._limits.option_bytes, longest_name=self._limits.name_bytes
+        )
         async with asyncio.timeout(self._limits.handshake_seconds):
             stream = await self._drive(handshake, sock, catalog)
         if handshake.agreement is None:
@@ -180,6 +184,7 @@ class NbdServer:
             export,
             handshake.leftover,
             budget=self._budget,
+            shares=self._shares,
             on_close=lambda connection: self._closed(loop, connection, ip),
             limits=self._limits,
         )
@@ -250,6 +255,10 @@ def _tune(sock: socket.socket, limits: Limits) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
+            if 0 < limits.send_seconds <= limits.keepalive_seconds:
+                # No probes are sent while a reply waits for its acknowledgement, or while the window is closed, which
+                # is what `send_seconds` allows: this bounds both.
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * limits.keepalive_seconds))
 
 
 def _peer_name(listener: socket.socket, address: object) -> str:

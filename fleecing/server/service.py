@@ -2,12 +2,12 @@
 
 All methods are called by the connection's thread. What may have to wait (a change of the active disk, FLUSH, FUA) is
 submitted to the block layer and answered later by the thread that ends it, through `Outbox.late`; up to
-`requests_in_flight` with `bytes_in_flight` of payload may be under way so, then the connection waits.
+`requests_in_flight` with `bytes_in_flight` of payload may be under way so, then the connection waits; and there are
+bounds for all clients together (`shares`).
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 from fleecing.errors import BlockError, RequestError
@@ -28,6 +28,7 @@ from fleecing.server.limits import Limits
 from fleecing.server.meta_context import block_status
 from fleecing.server.outbox import GATHER, LARGEST_PIECE, Outbox
 from fleecing.server.read_once import Receipts
+from fleecing.server.shares import Shares
 from fleecing.units import KiB
 
 LARGEST_STATUS_PAYLOAD = 64 * KiB
@@ -54,6 +55,7 @@ class Service:
         export: Export,
         out: Outbox,
         budget: Budget,
+        shares: Shares,
         receipts: Receipts | None,
         limits: Limits,
     ) -> None:
@@ -72,11 +74,12 @@ class Service:
         self._submit_trim = export.submit_trim
         self._out = out
         self._budget = budget
-        self._most_requests, self._most_bytes = limits.requests_in_flight, limits.bytes_in_flight
+        self._share = shares.share(
+            limits.requests_in_flight,
+            limits.bytes_in_flight,
+            machine=export.changes is not None and export.info.writable,
+        )
         self._budget_seconds = limits.send_seconds + BUDGET_SECONDS
-        self._held = threading.Condition()
-        self._held_requests = 0  # under _held, as is the next
-        self._held_bytes = 0
 
     # Answers.
 
@@ -100,7 +103,7 @@ class Service:
                 failure = answer_to(error, doing)
                 reply = error_reply(self._mode, cookie, offset, failure.error, failure.text)
             self._out.late(reply)
-            self._give_back(held)
+            self._share.give_back(held)
 
         def flush_first(error: Exception | None) -> None:
             if error is None and self._changes is not None:
@@ -111,29 +114,16 @@ class Service:
         return flush_first if flags & _FUA else answer
 
     def _hold(self, count: int) -> None:
-        def fits() -> bool:
-            return self._held_requests < self._most_requests and self._held_bytes + count <= self._most_bytes
-
         # All sending is done without the lock: the threads that answer need it, and must not wait for the client.
         if self._out.behind:
             self._out.settle()
-        if not fits():
+        if not self._share.try_take(count):
             self._out.send()  # or the client may wait for a reply that is not sent
-        with self._held:
-            self._held.wait_for(fits)
-            self._held_requests += 1
-            self._held_bytes += count
-
-    def _give_back(self, count: int) -> None:
-        with self._held:
-            self._held_requests -= 1
-            self._held_bytes -= count
-            self._held.notify_all()
+            self._share.take(count)
 
     def wait_idle(self) -> None:
         """Wait until nothing is under way in other threads."""
-        with self._held:
-            self._held.wait_for(lambda: not self._held_requests)
+        self._share.wait_idle()
 
     # WRITE.
 
@@ -168,9 +158,7 @@ class Service:
         Called by another thread. The payload is held without waiting for room: this happens once until that thread is
         back (`CopyBeforeWrite.write_saving`).
         """
-        with self._held:
-            self._held_requests += 1
-            self._held_bytes += length
+        self._share.take_now(length)
         self.bytes_written += length
         done = self._answering(cookie, offset, f"WRITE of {length} bytes at {offset}", flags, length)
         hand_over()

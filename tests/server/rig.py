@@ -20,6 +20,7 @@ from fleecing.server.budget import Budget
 from fleecing.server.connection import Connection
 from fleecing.server.export import MAXIMUM_PAYLOAD, Export, active_export
 from fleecing.server.limits import Limits
+from fleecing.server.shares import Shares
 from fleecing.units import KiB
 from tests.block.rig import SECONDS
 from tests.server.wire import Wire
@@ -154,6 +155,7 @@ class Line(Wire):
         budget: Budget | None = None,
         buffer: int | None = None,
         limits: Limits | None = None,
+        shares: Shares | None = None,
     ) -> None:
         """`leftover` came behind the handshake; `buffer`: bytes that the kernel holds of what the server sends."""
         client, server = socket.socketpair()
@@ -169,6 +171,7 @@ class Line(Wire):
             export,
             leftover,
             budget=budget or Budget(4 * MAXIMUM_PAYLOAD),
+            shares=shares or Shares(Limits().all_requests_in_flight, Limits().all_bytes_in_flight),
             on_close=lambda _: self.closed.set(),
             limits=limits,
         )

@@ -224,6 +224,46 @@ def test_the_host_of_a_tcp_client_is_asked_for_a_sign_of_life(
     assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
     assert tuple(sock.getsockopt(socket.IPPROTO_TCP, option) for option in options) == expected
+    # A reply that is not acknowledged has the same time, but not less than a client that does not read.
+    unanswered = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+    assert unanswered == (1000 * seconds if seconds >= Limits().send_seconds else 0)
+
+
+@pytest.mark.parametrize("length, refused", [(257, False), (258, True)])
+def test_the_length_of_names_is_limited(start: Start, length: int, refused: bool) -> None:
+    sock = start(name_bytes=257).connect()
+    assert greeted(sock)
+    sock.sendall(FLAGS + options.option(Opt.GO, options.info_request("n" * length, ())))
+    assert answer(sock)[0] == (Rep.ERR_TOO_BIG if refused else Rep.ERR_UNKNOWN)
+    assert enter_again(sock)
+
+
+def test_the_length_of_options_is_limited(start: Start) -> None:
+    sock = start(option_bytes=8192).connect()
+    assert greeted(sock)
+    sock.sendall(FLAGS)
+    for length, kind in ((8192, Rep.ERR_INVALID), (8193, Rep.ERR_TOO_BIG)):
+        sock.sendall(options.option(Opt.INFO, bytes(length)))
+        assert answer(sock)[0] == kind
+    assert b"more than 8192 bytes" in answer_to_option(sock, options.option(Opt.GO, bytes(9000)))
+    assert enter_again(sock)
+
+
+def answer(sock: socket.socket) -> tuple[int, bytes]:
+    """The next reply to an option: its type and data."""
+    _, _, kind, length = options.OPTION_REPLY.unpack(take(sock, options.OPTION_REPLY.size))
+    return kind, take(sock, length)
+
+
+def answer_to_option(sock: socket.socket, option: bytes) -> bytes:
+    sock.sendall(option)
+    return answer(sock)[1]
+
+
+def enter_again(sock: socket.socket) -> bool:
+    """Whether the haggling has gone on after a refusal."""
+    sock.sendall(GO)
+    return answer(sock)[0] == Rep.INFO
 
 
 # Those who do not read
