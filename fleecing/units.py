@@ -9,7 +9,12 @@ MiB = 1 << 20
 GiB = 1 << 30
 TiB = 1 << 40
 
+MAX_SIZE = (1 << 63) - 1
+"""Bytes; what a file offset can be. No disk, limit or bandwidth is larger."""
+
 _SIZE = re.compile(r"(\d+)(?:\.(\d+))?\s*([KMGTPE]?)(?:i?B)?", re.IGNORECASE)
+_LONGEST = 64
+"""Characters that a size has at most."""
 _POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
 
 
@@ -35,10 +40,11 @@ def is_power_of_two(value: int) -> bool:
 def parse_size(text: str) -> int:
     """Bytes from "64K", "10G", "1.5 GiB", "512". Powers of 1024, as qemu-img takes them.
 
-    Raises ValueError where the text is no size or is no whole number of bytes.
+    Raises ValueError where the text is no size, is no whole number of bytes, or is above MAX_SIZE.
     """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
+    match = _SIZE.fullmatch(text.strip()[:_LONGEST])
+    if match is None or len(text.strip()) > _LONGEST:
+        text = text[:_LONGEST]
         raise ValueError(f"'{text}' is no size: give bytes, or a number with K, M, G or T, as in 64K or 10G")
     whole, fraction, unit = match.groups()
     shift = _POWERS[unit.upper()]
@@ -48,6 +54,8 @@ def parse_size(text: str) -> int:
         value += scaled // 10 ** len(fraction)
         if scaled % 10 ** len(fraction) and not shift:
             raise ValueError(f"'{text}' is no whole number of bytes")
+    if value > MAX_SIZE:
+        raise ValueError(f"'{text}' is too large: at most {MAX_SIZE} bytes (8 EiB) can be")
     return value
 
 

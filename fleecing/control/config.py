@@ -104,7 +104,7 @@ class TcpAddress(_Settings):
         else:
             host, colon, port = text.partition(":")
             port = port if colon else str(DEFAULT_PORT)
-        if not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
+        if not host or not (port.isascii() and port.isdecimal() and len(port) < 20) or int(port) > 65535:
             raise ValueError(wrong)
         return cls(host=host, port=int(port))
 
@@ -273,7 +273,7 @@ def read_config(path: str, changes: dict[str, Any] | None = None, *, activated: 
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(f"configuration {path} cannot be read: {e.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # TOMLDecodeError, UnicodeDecodeError, and numbers without end
         raise ConfigError(f"configuration {path} is no TOML: {e}") from None
     _root_paths(values, os.path.dirname(os.path.abspath(path)))
     changes = dict(changes or {})

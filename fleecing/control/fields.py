@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from fleecing.control.names import NAME_PATTERN, check_name
 from fleecing.control.sizes import check_cluster_size, check_temp_limit
-from fleecing.units import parse_size
+from fleecing.units import MAX_SIZE, parse_size
 
 
 def _parse_if_text(value: object) -> object:
@@ -19,9 +19,9 @@ Name = Annotated[str, AfterValidator(check_name), Field(json_schema_extra={"patt
 
 Size = Annotated[
     int,
-    Field(strict=True, ge=0),
+    Field(strict=True, ge=0, le=MAX_SIZE),
     BeforeValidator(_parse_if_text),
-    WithJsonSchema({"type": ["integer", "string"], "minimum": 0}, mode="validation"),
+    WithJsonSchema({"type": ["integer", "string"], "minimum": 0, "maximum": MAX_SIZE}, mode="validation"),
 ]
 """Bytes, given as a number or as text: 65536, "64K", "10 GiB"."""
 

@@ -206,9 +206,10 @@ class Jobs:
 
     def get(self, number: str) -> Job:
         """Raises ControlError where there is none."""
-        found = self._jobs.get(int(number)) if number.isascii() and number.isdecimal() else None
+        is_number = number.isascii() and number.isdecimal() and len(number) < 20
+        found = self._jobs.get(int(number)) if is_number else None
         if found is None:
-            raise ControlError(404, f"there is no job {number}: `fleecing job list` shows them all")
+            raise ControlError(404, f"there is no job {number[:40]}: `fleecing job list` shows them all")
         return found
 
     def close(self) -> None:

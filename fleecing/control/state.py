@@ -141,7 +141,7 @@ def read_json(path: str, kind: type[AnyKept]) -> AnyKept:
     try:
         found = json.loads(text)
         version = found["version"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ImageError(path, -1, "is damaged") from None
     if isinstance(version, int) and version > VERSION:
         raise ImageError(path, -1, f"has version {version}, and this release knows {VERSION} only")

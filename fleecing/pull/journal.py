@@ -72,7 +72,7 @@ class Journal:
         line, newline, _ = data[:_MAX_HEADER].partition(b"\n")
         try:
             header = json.loads(line) if newline else None
-        except ValueError:
+        except (ValueError, RecursionError):
             header = None
         if not isinstance(header, dict) or header.get("fleecing-pull-journal") != FORMAT:
             raise ImageError(path, 0, "is no journal of a pull: remove it, with what the pull left, and start again")

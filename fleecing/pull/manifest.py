@@ -79,7 +79,7 @@ class Manifest:
             merging = content.get("merging")
             points = [_point(p) for p in content["points"]]
             return cls(points, None if merging is None else _point(merging))
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise ImageError(str(path), -1, f"is no manifest of backups: {e}") from None
 
     def save(self, folder: Path) -> None:

@@ -246,6 +246,12 @@ def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
         assert "holds no backups" in fleecing(*command, expect=1).stderr
 
 
+@pytest.mark.parametrize("text", ["", "{}", "[]", "[" * 100_000, '{"fleecing-backups": 1, "points": [{}]}'])
+def test_a_manifest_that_makes_no_sense_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    assert "is no manifest of backups" in fleecing("verify", str(tmp_path), expect=1).stderr
+
+
 def test_one_command_at_a_time_writes(tmp_path: Path) -> None:
     with new_chain(str(tmp_path)) as chain:
         Manifest().save(chain.folder)

@@ -165,6 +165,8 @@ def test_a_request_that_cannot_be_met_is_answered_with_a_sentence(
         ("GET", "/v1/checkpoints/vda@c/extents", 404),
         ("GET", "/v1/checkpoints/vda@c/bitmap", 404),
         ("GET", "/v1/snapshots/..@..", 404),
+        ("GET", "/v1/jobs/1", 404),
+        ("GET", "/v1/jobs/" + "9" * 5000, 404),
         ("PUT", "/v1/status", 405),
         ("DELETE", "/v1/snapshots", 405),
     ],

@@ -111,6 +111,10 @@ def test_changes_replace_what_the_file_says(tmp_path: Path) -> None:
         ("[limits]\nbytes-in-flight = '4K'\n[disk.vda]\npath = 'x'", "4 KiB is too little: give 1 MiB or more"),
         ("disk = 3", "disk: "),
         ("[disk\n", "is no TOML"),
+        ("a = " + "[" * 100_000, "is no TOML"),
+        ("a = " + "9" * 5000, "is no TOML"),
+        (f"listen = ['localhost:{'9' * 5000}']\n[disk.vda]\npath = 'x'", "is no HOST:PORT"),
+        ("[limits]\nread-memory = 9223372036854775808\n[disk.vda]\npath = 'x'", "limits.read-memory: "),
         ("drain-seconds = nan\n[disk.vda]\npath = 'x'", "drain-seconds: "),
     ],
 )

@@ -254,6 +254,10 @@ def garbage(folder: Path) -> None:
     (folder / "snapshot.json").write_text("{")
 
 
+def nested(folder: Path) -> None:
+    (folder / "snapshot.json").write_text("[" * 100_000)
+
+
 def incomplete(folder: Path) -> None:
     changed(folder / "snapshot.json", cluster_size="big")
 
@@ -279,6 +283,7 @@ def of_another_snapshot(folder: Path) -> None:
     [
         (newer, "snapshot.json: has version 2, and this release knows 1 only"),
         (garbage, "snapshot.json: is damaged"),
+        (nested, "snapshot.json: is damaged"),
         (incomplete, "snapshot.json: is damaged at 'cluster_size'"),
         (without_temp, "temp.qcow2"),
         (cut_temp, "temp.qcow2"),

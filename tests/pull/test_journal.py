@@ -86,7 +86,9 @@ def test_another_pull_is_refused(path: Path) -> None:
         Journal.resume(str(path)).begin({"size": 4096})
 
 
-@pytest.mark.parametrize("data", [b"", b"text", b"{}\n", b"[]\n", b'{"fleecing-pull-journal": 99}\n'])
+@pytest.mark.parametrize(
+    "data", [b"", b"text", b"{}\n", b"[]\n", b"[" * 3000 + b"\n", b'{"fleecing-pull-journal": 99}\n']
+)
 def test_what_is_no_journal_is_refused(path: Path, data: bytes) -> None:
     path.write_bytes(data)
     with pytest.raises(ImageError, match="is no journal"):

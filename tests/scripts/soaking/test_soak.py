@@ -1,8 +1,7 @@
-"""A short soak, and what it holds the resources to."""
+"""What a soak is made of, and what it holds the resources to; the soak itself is in test_minute.py."""
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,19 +11,8 @@ from fleecing.units import MiB
 from scripts.soaking.gauges import Sample, grown
 from scripts.soaking.load import Guest
 from tests.crash.ledger import Ledger
-from tests.peers import describe, run_any
-from tests.serving import ROOT
 
 LEVEL = Sample(memory=80 * MiB, descriptors=30, threads=20, disk=40960, files=10)
-
-
-def test_twenty_seconds_leave_all_data_right_and_nothing_behind() -> None:
-    with tempfile.TemporaryDirectory(prefix="soak") as folder:  # short: sockets are in it
-        result = run_any(
-            str(ROOT / "scripts" / "soak"), "--minutes", "0.3", "--every", "1", "--scratch", folder, deadline=110
-        )
-    assert result.returncode == 0, describe(result)
-    assert "all data right" in result.stderr
 
 
 def test_a_guest_that_may_go_and_must_rest_at_once_rests(tmp_path: Path) -> None:

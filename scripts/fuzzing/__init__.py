@@ -1,0 +1,1 @@
+"""./scripts/fuzz: nonsense and damage for everything that takes bytes from outside."""
