@@ -20,6 +20,7 @@ import errno
 import functools
 import threading
 import time
+from collections.abc import Sequence
 
 from fleecing.block.bitmap import bit_runs
 from fleecing.block.cluster_map import ClusterMap
@@ -27,6 +28,7 @@ from fleecing.block.durability import Durability
 from fleecing.block.extent import Allocation
 from fleecing.block.node import Node
 from fleecing.block.qcow2.node import TempImage
+from fleecing.errors import BlockError
 from fleecing.units import MiB, align_down, div_up
 
 MAX_TASK = MiB
@@ -37,17 +39,23 @@ MAX_TASKS = 16
 
 NO_DEADLINE = float("inf")
 
+Piece = tuple[int, int, int]
+"""(first cluster, clusters, host offset in bytes of their data in temp, 0 = zero clusters)"""
+
 _scratch = threading.local()
 
 
+Run = tuple[int, int]
+"""Clusters [first, end)."""
+
+
 class _Task:
-    """Clusters [first, end) being saved; `end` may come down once the task runs."""
+    """Clusters being saved."""
 
-    __slots__ = ("_latch", "_waited_for", "end", "first")
+    __slots__ = ("_latch", "_waited_for", "runs")
 
-    def __init__(self, first: int, end: int) -> None:
-        self.first = first
-        self.end = end
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = runs  # replaced by shorter ones once the task runs
         self._latch = threading.Lock()
         self._latch.acquire()
         self._waited_for = [True]
@@ -103,7 +111,7 @@ class BlockCopy:
                 task = self._in_the_way(first)
                 own = task is None
                 if task is None:
-                    task = _Task(first, self._end_of_task(first, end))
+                    task = _Task([(first, self._end_of_task(first, end))])
                     self._tasks.append(task)
             if own:
                 if not self._run(task, waiting=waiting):
@@ -117,78 +125,151 @@ class BlockCopy:
     def _in_the_way(self, cluster: int) -> _Task | None:
         """The task to wait for before this cluster can be saved."""
         for task in self._tasks:
-            if task.first <= cluster < task.end:
-                return task
+            for first, end in task.runs:
+                if first <= cluster < end:
+                    return task
         return self._tasks[0] if len(self._tasks) >= MAX_TASKS else None
 
     def _end_of_task(self, first: int, end: int) -> int:
         """The end of the dirty run, short of the next task's clusters."""
         for task in self._tasks:
-            if first < task.first < end:
-                end = task.first
+            for start, _ in task.runs:
+                if first < start < end:
+                    end = start
         stop = self.clusters.copy.find(0, first, end)
         return end if stop < 0 else stop
+
+    def save_ahead(self, runs: Sequence[Run]) -> None:
+        """Save clusters that changes are going to need saved, all in one go: those that this is simple for.
+
+        `runs` are in order and do not overlap. Left to `save` is what takes a wait (for a disk, for another's task),
+        what does not fit into one task, a run with zeroes and data, the short tail of the image, and whatever fails.
+        Of 16 writes of 4 KiB all over a disk each costs 30 us so, and 53 us when it saves its own cluster: one place,
+        one write of temp and one count for all of them.
+        """
+        clusters = self.clusters
+        if self.durability is not None:
+            return
+        with clusters.lock:
+            wanted = self._free_runs(runs)
+            if not wanted:
+                return
+            task = _Task(wanted)
+            self._tasks.append(task)
+        try:
+            self._save_runs(wanted)
+        except (OSError, BlockError):
+            pass  # a change that is not saved for meets it again
+        finally:
+            self._end_task(task)
+
+    def _free_runs(self, runs: Sequence[Run]) -> list[Run]:
+        """What of these runs nobody saves now and one task may take. Under the map's lock."""
+        clusters, room = self.clusters, self._task_clusters
+        whole = clusters.size >> clusters.shift
+        free: list[Run] = []
+        if clusters.broken is not None or len(self._tasks) >= MAX_TASKS:
+            return free
+        for first, end in runs:
+            if end <= whole and end - first <= room and not any(map(self._in_the_way, range(first, end))):
+                free.append((first, end))
+                room -= end - first
+        return free
+
+    def _save_runs(self, runs: Sequence[Run]) -> None:
+        """Read them one behind the other into one buffer, write that to temp, link it."""
+        size = self.clusters.cluster_size
+        zero = _zero_cluster(size)
+        buffer = _buffer(self._task_clusters * size)
+        pieces: list[Piece] = []
+        used = 0  # bytes of the buffer
+        with memoryview(buffer) as view:
+            for first, end in runs:
+                stop = used + (end - first) * size
+                if not self.source.read_cached(first * size, view[used:stop]):
+                    continue
+                zeroes = sum(buffer.startswith(zero, at, at + size) for at in range(used, stop, size))
+                if not zeroes:
+                    pieces.append((first, end - first, used))
+                    used = stop
+                elif zeroes == end - first:
+                    pieces.append((first, zeroes, -1))
+            hosts = self.target.place(used // size)
+            try:
+                at = 0
+                for host, count in hosts:
+                    self.target.file.write(host, view[at : at + count * size])
+                    at += count * size
+            except BaseException:
+                self.target.release(hosts)
+                raise
+        self._link(_placed(pieces, hosts, size))
+
+    def _end_task(self, task: _Task) -> None:
+        with self.clusters.lock:
+            self._tasks.remove(task)
+            self._idle.notify_all()
+        task.finish()
 
     def _run(self, task: _Task, *, waiting: bool) -> bool:
         """Save the task's run, or its beginning; False where it would have to be read from a disk without `waiting`."""
         try:
             if self.durability is not None:
                 self.durability.check()
+            ((first, end),) = task.runs
             # A long run may be a hole, of any length; then nothing needs reading.
-            if task.end - task.first > self._task_clusters and self._save_hole(task):
+            if end - first > self._task_clusters and self._save_hole(first, end):
                 return True
-            task.end = min(task.end, task.first + self._task_clusters)
-            return self._save_data(task, waiting=waiting)
+            end = min(end, first + self._task_clusters)
+            task.runs = [(first, end)]
+            return self._save_data(first, end, waiting=waiting)
         finally:
-            with self.clusters.lock:
-                self._tasks.remove(task)
-                self._idle.notify_all()
-            task.finish()
+            self._end_task(task)
 
-    def _save_hole(self, task: _Task) -> bool:
-        """Link zero clusters for the hole that the task's run starts with, if it starts with one."""
+    def _save_hole(self, first: int, end: int) -> bool:
+        """Link zero clusters for the hole that the run starts with, if it starts with one."""
         shift, size = self.clusters.shift, self.clusters.size
-        offset = task.first << shift
-        length, state = self.source.block_status(offset, min(task.end << shift, size) - offset, 1)[0]
-        end = offset + length
-        stop = div_up(end, 1 << shift) if end == size else align_down(end, 1 << shift) >> shift
-        if not state & Allocation.ZERO or stop <= task.first:
+        offset = first << shift
+        length, state = self.source.block_status(offset, min(end << shift, size) - offset, 1)[0]
+        stop_at = offset + length
+        stop = div_up(stop_at, 1 << shift) if stop_at == size else align_down(stop_at, 1 << shift) >> shift
+        if not state & Allocation.ZERO or stop <= first:
             return False
-        self._link([(task.first, stop - task.first, 0)])
+        self._link([(first, stop - first, 0)])
         return True
 
-    def _save_data(self, task: _Task, *, waiting: bool) -> bool:
+    def _save_data(self, first: int, end: int, *, waiting: bool) -> bool:
         cluster_size = self.clusters.cluster_size
-        count = task.end - task.first
+        count = end - first
         buffer = _buffer(count * cluster_size)
-        offset = task.first * cluster_size
-        length = min(task.end * cluster_size, self.clusters.size) - offset
+        offset = first * cluster_size
+        length = min(end * cluster_size, self.clusters.size) - offset
         with memoryview(buffer) as view:
             if waiting:
                 self.source.read_into(offset, view[:length])
             elif not self.source.read_cached(offset, view[:length]):
-                return self._save_hole(task)  # no page of it is in memory where nothing is on the disk either
+                return self._save_hole(first, end)  # no page of it is in memory where nothing is on the disk either
             if length < count * cluster_size:  # the short tail cluster of the image
                 view[length : count * cluster_size] = bytes(count * cluster_size - length)
-            pieces = self._place(task.first, count, buffer)
+            pieces = self._place(first, count, buffer)
             try:
-                for first, clusters, host in pieces:
+                for start, clusters, host in pieces:
                     if host:
-                        start = (first - task.first) * cluster_size
-                        self.target.file.write(host, view[start : start + clusters * cluster_size])
+                        at = (start - first) * cluster_size
+                        self.target.file.write(host, view[at : at + clusters * cluster_size])
             except BaseException:
                 self.target.release([(host, clusters) for _, clusters, host in pieces if host])
                 raise
         self._link(pieces)
         return True
 
-    def _place(self, first: int, count: int, buffer: bytearray) -> list[tuple[int, int, int]]:
+    def _place(self, first: int, count: int, buffer: bytearray) -> list[Piece]:
         """(first cluster, clusters, host offset) for each run, with space in temp for what is not zero; zeroes: 0."""
         zero = _zero_cluster(self.clusters.cluster_size)
         size = self.clusters.cluster_size
         is_zero = [buffer.startswith(zero, i * size, (i + 1) * size) for i in range(count)]
         hosts = self.target.place(count - sum(is_zero)) if not all(is_zero) else []
-        pieces: list[tuple[int, int, int]] = []
+        pieces: list[Piece] = []
         i = 0
         while i < count:
             n = 1
@@ -206,52 +287,62 @@ class BlockCopy:
             i += n
         return pieces
 
-    def _link(self, pieces: list[tuple[int, int, int]]) -> None:
+    def _link(self, pieces: Sequence[Piece]) -> None:
         """The last step: what is still wanted becomes part of temp; the rest is given back."""
         clusters, size = self.clusters, self.clusters.cluster_size
-        to_release: list[tuple[int, int]] = []
-        linked: list[tuple[int, int]] = []
+        unlinked = [(host, count) for _, count, host in pieces if host]
+        linked: list[Run] = []
         try:
             with clusters.lock:
-                runs = [
-                    (start, stop - start, host and host + (start - first) * size, wanted)
-                    for first, count, host in pieces
-                    for start, stop, wanted in bit_runs(clusters.copy, first, first + count)
-                ]
-                to_release = [(host, count) for _, count, host, _ in runs if host]
-                for start, count, host, wanted in runs:
-                    if not wanted or clusters.broken is not None:
-                        continue
-                    if host:
-                        self.target.link(start, host, count)
-                        to_release.remove((host, count))
-                    else:
-                        self.target.link_zero(start, count)
-                    if self.durability is None:
-                        self._is_copied(start, count)
-                    else:
-                        linked.append((start, count))
+                if clusters.broken is not None:
+                    return
+                data: list[Piece] = []
+                holes: list[Run] = []
+                unwanted: list[tuple[int, int]] = []
+                for first, count, host in pieces:
+                    for start, stop, wanted in bit_runs(clusters.copy, first, first + count):
+                        at = host and host + (start - first) * size
+                        if not wanted:
+                            unwanted.append((at, stop - start))
+                        elif host:
+                            data.append((start, at, stop - start))
+                        else:
+                            holes.append((start, stop))
+                if data:
+                    self.target.link_pieces(data)
+                    unlinked = [(at, count) for at, count in unwanted if at]
+                    linked = [(start, start + count) for start, _, count in data]
+                    self._are_copied(linked)
+                for start, stop in holes:
+                    self.target.link_zero(start, stop - start)
+                    self._are_copied([(start, stop)])
+                    linked.append((start, stop))
         finally:
-            if to_release:  # unwanted by now, or a link that failed and those after it
-                self.target.release(to_release)
-            if linked:
-                self._make_durable(linked)
+            if unlinked:
+                self.target.release(unlinked)
+            if linked and self.durability is not None:
+                self._make_durable(self.durability, linked)
 
-    def _is_copied(self, first: int, count: int) -> None:
+    def _are_copied(self, runs: Sequence[Run]) -> None:
+        """Linked clusters count as copied, those of a durable snapshot later. Under the map's lock."""
+        if self.durability is None:
+            for first, end in runs:
+                self._is_copied(first, end)
+
+    def _is_copied(self, first: int, end: int) -> None:
         """Under the map's lock."""
-        self.clusters.done[first : first + count] = 1
-        self.clusters.copy[first : first + count] = 0
-        self.clusters_copied += count
+        self.clusters.done[first:end] = 1
+        self.clusters.copy[first:end] = 0
+        self.clusters_copied += end - first
 
-    def _make_durable(self, linked: list[tuple[int, int]]) -> None:
+    def _make_durable(self, durability: Durability, linked: Sequence[Run]) -> None:
         """What is linked counts as copied when it is durable; what was trimmed meanwhile is not linked any more."""
-        assert self.durability is not None
-        self.durability.commit(linked)
+        durability.commit([(first, end - first) for first, end in linked])
         with self.clusters.lock:
-            for first, count in linked:
-                for start, stop, wanted in bit_runs(self.clusters.copy, first, first + count):
+            for first, end in linked:
+                for start, stop, wanted in bit_runs(self.clusters.copy, first, end):
                     if wanted:
-                        self._is_copied(start, stop - start)
+                        self._is_copied(start, stop)
 
     def cancel_waits(self) -> None:
         """The snapshot is broken: nobody needs to wait for a task any more."""
@@ -267,6 +358,24 @@ class BlockCopy:
             return self._idle.wait_for(lambda: not self._tasks, max(0.0, deadline - time.monotonic()))
         finally:
             self.clusters.lock.release()
+
+
+def _placed(pieces: Sequence[Piece], hosts: Sequence[tuple[int, int]], size: int) -> list[Piece]:
+    """The pieces with the host offset in place of the one in the buffer, cut where the host's runs are; zeroes: 0."""
+    placed: list[Piece] = []
+    left = iter(hosts)
+    host = room = 0
+    for first, count, at in pieces:
+        if at < 0:
+            placed.append((first, count, 0))
+            continue
+        while count:
+            if not room:
+                host, room = next(left)
+            n = min(count, room)
+            placed.append((first, n, host))
+            first, count, host, room = first + n, count - n, host + n * size, room - n
+    return placed
 
 
 def _buffer(size: int) -> bytearray:

@@ -131,6 +131,62 @@ class CopyBeforeWrite(Node):
             gate.leave(token)
         return True
 
+    def write_many(self, writes: Sequence[tuple[int, memoryview]]) -> list[bool | Exception]:
+        """`write_now` for each of these (offset, data): what it would have returned or raised, in their order.
+
+        One pass through the gate for all of them; where it is closed meanwhile, the rest are False.
+        """
+        token = threading.get_ident()
+        gate = self.gate
+        if not gate.try_enter(token):
+            return [False] * len(writes)
+        outcomes: list[bool | Exception] = []
+        try:
+            write, tracker = self.file.write, self.tracker
+            looks = [snapshot.clusters.needs_copy for snapshot in self.snapshots]
+            for offset, data in writes:
+                length = len(data)
+                try:
+                    ready = not gate.closed
+                    for needs_copy in looks:
+                        ready = ready and not needs_copy(offset, length)
+                    if ready and tracker is not None:
+                        first = offset >> tracker.shift  # in line, as above
+                        if not tracker.bits[first] or offset + length - 1 >> tracker.shift != first:
+                            ready = tracker.record_now(offset, length)
+                    if ready:
+                        write(offset, data)
+                    outcomes.append(ready)
+                except Exception as e:
+                    outcomes.append(e)
+        finally:
+            gate.leave(token)
+        return outcomes
+
+    def save_ahead(self, writes: Sequence[tuple[int, memoryview]], hand_over: Callable[[], None]) -> None:
+        """Save together what these (offset, data) overwrite, as far as that takes no waiting; write nothing.
+
+        Where it takes PATIENCE seconds after all, `hand_over` is called, by another thread: it has a fresh thread do
+        whatever the caller's has to do, these writes included. The caller's, when it comes back, gets Superseded.
+        """
+        if self._pool.hangs:
+            return
+        todo = []
+        for snapshot in self.snapshots:
+            runs = _to_save(snapshot.clusters, writes)
+            if runs and runs[-1][1] - runs[0][0] > 1:  # of a single cluster `write_saving` makes less ado
+                todo.append((snapshot, runs))
+        if not todo:
+            return
+        now = time.monotonic()
+        attempt = Attempt(Change([], _nothing, _nobody, now, NO_DEADLINE), hand_over, now + PATIENCE)
+        self._pool.begin(attempt)
+        try:
+            for snapshot, runs in todo:
+                snapshot.copier.save_ahead(runs)
+        finally:
+            self._pool.end(attempt)
+
     def write_saving(self, offset: int, data: memoryview, hand_over: Callable[[], Done]) -> bool:
         """Save what `data` overwrites and write it, if that takes no waiting; else change nothing, return False.
 
@@ -307,6 +363,26 @@ class CopyBeforeWrite(Node):
         self._pool.close(timeout)
         self._flusher.close(timeout)
         self.file.close()
+
+
+def _to_save(clusters: ClusterMap, writes: Sequence[tuple[int, memoryview]]) -> list[tuple[int, int]]:
+    """The runs [first, end) of clusters that these writes touch and that have to be saved, in order; each one once."""
+    shift, copy = clusters.shift, clusters.copy
+    touched = set()
+    for offset, data in writes:
+        first, last = offset >> shift, offset + len(data) - 1 >> shift
+        if first == last:
+            if copy[first]:
+                touched.add(first)
+        else:
+            touched.update(copy.search(1, first, last + 1))
+    runs: list[tuple[int, int]] = []
+    for cluster in sorted(touched):
+        if runs and runs[-1][1] == cluster:
+            runs[-1] = (runs[-1][0], cluster + 1)
+        else:
+            runs.append((cluster, cluster + 1))
+    return runs
 
 
 def _nothing() -> None:

@@ -27,6 +27,11 @@ class Gate:
             return False
         return True
 
+    @property
+    def closed(self) -> bool:
+        """Whether somebody waits for those inside."""
+        return self._closed
+
     def enter(self, token: object) -> None:
         """Go inside; wait where the gate is closed."""
         while not self.try_enter(token):

@@ -4,8 +4,8 @@ One receive takes all that is there. All whole requests in it are served in orde
 together; then comes the next receive. So a client that sends one request at a time pays one receive and one send a
 request, and one with many in flight shares them.
 
-    quick     READ, a WRITE with nothing to save first or from memory only, BLOCK_STATUS,
-              TRIM of a snapshot                                                     here, in order
+    quick     READ, BLOCK_STATUS, TRIM of a snapshot                                 here, in order
+              a WRITE with nothing to save first, or from memory only                here, together behind the others
     waiting   FLUSH, FUA, a WRITE that waits for a disk, TRIM, WRITE_ZEROES          in other threads;
               they answer when they are done, in any order, and hold up nobody here
 
@@ -28,14 +28,14 @@ from collections.abc import Callable
 
 from fleecing.block.change_pool import Superseded
 from fleecing.errors import ProtocolError
-from fleecing.nbd.constants import EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, Cmd, ReplyMode
+from fleecing.nbd.constants import EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, Cmd, CmdFlag, ReplyMode
 from fleecing.nbd.handshake import Agreement
 from fleecing.nbd.transmission import EXTENDED_REQUEST, REQUEST, data_header, payload_length
 from fleecing.server.budget import Budget
 from fleecing.server.export import MAXIMUM_PAYLOAD, Export, answer_to
 from fleecing.server.limits import Limits
 from fleecing.server.outbox import GATHER, LARGEST_PIECE, Outbox, TellingOutbox
-from fleecing.server.service import Service
+from fleecing.server.service import PlainWrite, Service
 from fleecing.server.shares import Shares
 from fleecing.server.tls import Stream, TlsSocket
 from fleecing.units import MiB
@@ -47,6 +47,9 @@ RECEIVE_SIZE = MiB
 
 MAX_COLD = 64
 """READs put aside because they would wait for the disk; with more, they are served before the next request is."""
+
+MAX_WRITES = 64
+"""Plain WRITEs put aside to be done together."""
 
 _READ, _WRITE, _DISC = int(Cmd.READ), int(Cmd.WRITE), int(Cmd.DISC)
 
@@ -85,6 +88,8 @@ class Connection:
         self._view = memoryview(self._buffer)
         self._view[: len(leftover)] = leftover
         self._cold: list[tuple[int, int, int]] = []  # cookie, offset, length
+        self._writes: list[PlainWrite] = []  # their data lies in the buffer
+        self._plain_write = int(CmdFlag.PAYLOAD_LEN) if extended else 0  # the flags of a WRITE without any
         self._start, self._end = 0, len(leftover)  # what is received and not served yet
         # The one that serves; replaced by the watch of the block layer's pool while it hangs.
         self._thread = threading.Thread(target=self._run, name=f"nbd {peer}", daemon=True)
@@ -194,9 +199,25 @@ class Connection:
     def _serve_received(self) -> bool:
         """Serve all whole requests that are there; False after a DISC."""
         goes_on = self._serve_warm()
+        if self._writes:
+            self._serve_writes()
         if self._cold:
             self._serve_cold()
         return goes_on
+
+    def _serve_writes(self) -> None:
+        """The plain WRITEs, put aside so that they share one pass through the gate, and one copy of what they change.
+
+        No request is ordered behind another that is in flight: "the server MAY process commands out of order". Where
+        this thread hangs, a fresh one finds in `_writes` what is not done yet.
+        """
+        writes = self._writes
+        if len(writes) > 1:
+            self._service.save_ahead(writes, self._hand_over)
+        writes[:] = self._service.write_many(writes)
+        while writes:
+            cookie, offset, data = writes.pop(0)
+            self._service.write(self._plain_write, cookie, offset, data, self._hand_over)
 
     def _serve_cold(self) -> None:
         """The READs whose bytes are not in memory: announced together, then read one by one."""
@@ -214,6 +235,7 @@ class Connection:
         buffer, out, service, mode, size = self._buffer, self._out, self._service, self._mode, self._size
         read_cached = self.export.node.read_cached
         data_size = len(data_header(mode, 0, 0, 1))
+        writes, longest_write, plain_write = self._writes, service.longest_write, self._plain_write
         debug = log.isEnabledFor(logging.DEBUG)
         while self._end - self._start >= header_size:
             magic, flags, command, cookie, offset, length = unpack(buffer, self._start)
@@ -239,6 +261,20 @@ class Connection:
                     out.view[used:data] = data_header(mode, cookie, offset, length)
                     out.used = data + length
                     service.bytes_read += length
+            elif (
+                command == _WRITE
+                and flags == plain_write
+                and 0 < length <= longest_write
+                and offset + length <= size
+                and header_size + length <= RECEIVE_SIZE
+            ):
+                begin = self._start + header_size
+                if self._end - begin < length:
+                    return True
+                self._start = begin + length
+                writes.append((cookie, offset, self._view[begin : self._start]))
+                if len(writes) >= MAX_WRITES:
+                    self._serve_writes()
             elif command == _DISC:  # whatever it carries
                 return False
             elif payload := payload_length(mode, flags, command, length):
@@ -260,6 +296,8 @@ class Connection:
         whole = header_size + payload
         if whole > RECEIVE_SIZE:
             self._start += header_size
+            if self._writes:
+                self._serve_writes()  # what is received next takes the place of their data
             self._serve_long_payload(command, flags, cookie, offset, payload)
             return True
         if self._end - self._start < whole:

@@ -8,7 +8,7 @@ bounds for all clients together (`shares`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fleecing.errors import BlockError, RequestError
 from fleecing.nbd.constants import Cmd, CmdFlag, NbdError, ReplyMode
@@ -45,6 +45,9 @@ _READ_ONCE = int(CmdFlag.READ_ONCE)
 
 Done = Callable[[Exception | None], None]
 
+PlainWrite = tuple[int, int, memoryview]
+"""A WRITE without flags: cookie, offset, data."""
+
 
 class Service:
     """Serves one client's requests on one export; replies go into `out`."""
@@ -65,6 +68,7 @@ class Service:
         self.bytes_written = 0
         self._mode = agreement.mode
         self._limits = agreement.limits()
+        self.longest_write = self._limits.longest[_WRITE]  # bytes; 0 where this client may not write
         numbers = [number for number, _ in agreement.contexts]
         contexts = export.contexts(name for _, name in agreement.contexts)
         self._contexts = dict(zip(numbers, contexts, strict=True))
@@ -126,6 +130,34 @@ class Service:
         self._share.wait_idle()
 
     # WRITE.
+
+    def save_ahead(self, writes: Sequence[PlainWrite], hand_over: Callable[[], None]) -> None:
+        """Save together what these WRITEs overwrite, where that is simple; `write_many` comes next.
+
+        `hand_over` has a fresh thread serve the connection, these WRITEs first, in the place of one that hangs.
+        """
+        changes = self._changes
+        if changes is not None and changes.snapshots:
+            self._out.send()  # nobody else waits for the copies
+            changes.save_ahead([(offset, data) for _, offset, data in writes], hand_over)
+
+    def write_many(self, writes: Sequence[PlainWrite]) -> list[PlainWrite]:
+        """Checked WRITEs whose payload is all there; returns those that have to wait, to be given to `write`."""
+        assert self._changes is not None
+        outcomes = self._changes.write_many([(offset, data) for _, offset, data in writes])
+        left = []
+        done, mode = self._out.put, self._mode
+        for write, outcome in zip(writes, outcomes, strict=True):
+            cookie, offset, data = write
+            if outcome is True:
+                done(done_reply(mode, cookie, offset))
+                self.bytes_written += len(data)
+            elif outcome is False:
+                left.append(write)
+            else:
+                self.refuse(cookie, offset, answer_to(outcome, f"WRITE of {len(data)} bytes at {offset}"))
+        self.requests += len(writes) - len(left)
+        return left
 
     def write(self, flags: int, cookie: int, offset: int, data: memoryview, hand_over: Callable[[], None]) -> None:
         """A WRITE whose payload is all there. `data` is not used any more when this returns.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bitarray import bitarray
@@ -15,6 +15,7 @@ from fleecing.block.hostfile import HostFile
 from fleecing.block.node import Buffer
 from fleecing.block.qcow2.node import TempImage
 from fleecing.block.snapshot_access import SnapshotAccess
+from fleecing.errors import BlockError
 from fleecing.units import KiB
 
 CLUSTER = 64 * KiB
@@ -133,6 +134,24 @@ class Rig:
         for snapshot in self.snapshots:
             snapshot.remove(SECONDS)
         self.disk.close(SECONDS)
+
+
+def write_together(disk: CopyBeforeWrite, writes: Sequence[tuple[int, bytes]]) -> list[Exception | None]:
+    """(offset, data) as a connection does them that got them at once; how each ended."""
+    views = [(offset, memoryview(data)) for offset, data in writes]
+    disk.save_ahead(views, hand_over=lambda: None)
+    ends: list[Exception | None] = []
+    for (offset, data), outcome in zip(writes, disk.write_many(views), strict=True):
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
+            if not outcome:
+                disk.write(offset, data)
+        except (OSError, BlockError) as e:
+            ends.append(e)
+        else:
+            ends.append(None)
+    return ends
 
 
 def in_thread(call: Callable[[], object]) -> Running:

@@ -20,7 +20,7 @@ from fleecing.block.extent import Allocation, ClusterState
 from fleecing.block.snapshot_access import SnapshotAccess
 from fleecing.errors import BlockError, ClusterUnreadable, SnapshotBroken
 from fleecing.units import KiB
-from tests.block.rig import SECONDS, FaultyTemp, Rig, in_thread, pattern
+from tests.block.rig import SECONDS, FaultyTemp, Rig, in_thread, pattern, write_together
 
 SIZE = 10 * 4 * KiB + 777
 NO_SPACE = OSError(28, "No space left on device")
@@ -53,6 +53,15 @@ def read_as_a_connection_does(snapshot: SnapshotAccess, offset: int, length: int
     if not snapshot.read_cached(offset, memoryview(buffer)):
         snapshot.read_into(offset, memoryview(buffer))
     return bytes(buffer)
+
+
+def apart(writes: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+    """Those that overlap none before them: nobody knows the order in which overlapping ones in flight are done."""
+    chosen: list[tuple[int, bytes]] = []
+    for offset, data in writes:
+        if all(offset + len(data) <= at or at + len(other) <= offset for at, other in chosen):
+            chosen.append((offset, data))
+    return chosen
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -92,6 +101,18 @@ class EngineMachine(RuleBasedStateMachine):
     def guest_changes(self, change: tuple[str, tuple[int, int], int]) -> None:
         kind, (offset, length), fill = change
         self.change(kind, offset, length, fill)
+
+    @rule(many=st.lists(st.tuples(ranges, st.integers(0, 255)), min_size=2, max_size=6))
+    def guest_writes_together(self, many: list[tuple[tuple[int, int], int]]) -> None:
+        self.write_many([(offset, bytes([fill]) * length) for (offset, length), fill in many])
+
+    def write_many(self, writes: list[tuple[int, bytes]]) -> None:
+        writes = apart(writes)
+        for (offset, data), error in zip(writes, write_together(self.rig.disk, writes), strict=True):
+            if error is None:
+                self.active[offset : offset + len(data)] = data
+            else:
+                assert any(f.temp.fail and f.snapshot.on_cbw_error is OnCbwError.BREAK_GUEST_WRITE for f in self.frozen)
 
     @rule(where=ranges)
     def guest_reads(self, where: tuple[int, int]) -> None:
@@ -197,16 +218,16 @@ class EngineMachine(RuleBasedStateMachine):
         self.rig.file.after_read = None
 
     @precondition(lambda self: any(not f.temp.fail and not f.snapshot.broken for f in self.frozen))
-    @rule(data=st.data(), where=ranges, trim=ranges, read=ranges)
+    @rule(data=st.data(), places=st.lists(ranges, min_size=1, max_size=4), trim=ranges, read=ranges)
     def trim_and_read_during_a_copy(
-        self, data: st.DataObject, where: tuple[int, int], trim: tuple[int, int], read: tuple[int, int]
+        self, data: st.DataObject, places: list[tuple[int, int]], trim: tuple[int, int], read: tuple[int, int]
     ) -> None:
         frozen = data.draw(st.sampled_from([f for f in self.frozen if not f.temp.fail and not f.snapshot.broken]))
         if any(f.temp.fail for f in self.frozen):
             return
-        offset, length = where
         frozen.temp.hold = hold = threading.Event()
-        write = in_thread(lambda: self.rig.disk.write(offset, b"\xee" * length))
+        writes = apart([(offset, b"\xee" * length) for offset, length in places])
+        write = in_thread(lambda: write_together(self.rig.disk, writes))
         # Where there is something to write to temp the copy waits there now; else the write just ends.
         while not write.over.is_set() and not frozen.temp.held.acquire(timeout=0.001):
             pass
@@ -216,18 +237,33 @@ class EngineMachine(RuleBasedStateMachine):
         hold.set()
         trimmed.wait()
         write.wait()
-        self.active[offset : offset + length] = b"\xee" * length
+        for offset, contents in writes:
+            self.active[offset : offset + len(contents)] = contents
         self.check_read(frozen, *read)
 
     @precondition(lambda self: self.frozen)
-    @rule(data=st.data(), skip=st.integers(0, 4), failures=st.integers(1, 3), change=changes)
+    @rule(
+        data=st.data(),
+        skip=st.integers(0, 8),
+        failures=st.integers(1, 3),
+        change=changes,
+        others=st.lists(ranges, max_size=4),
+    )
     def temp_fails(
-        self, data: st.DataObject, skip: int, failures: int, change: tuple[str, tuple[int, int], int]
+        self,
+        data: st.DataObject,
+        skip: int,
+        failures: int,
+        change: tuple[str, tuple[int, int], int],
+        others: list[tuple[int, int]],
     ) -> None:
         frozen = self.one(data)
         frozen.temp.fail, frozen.temp.skip, frozen.temp.failures = NO_SPACE, skip, failures
         kind, (offset, length), fill = change
-        self.change(kind, offset, length, fill)
+        if kind == "write":
+            self.write_many([(at, bytes([fill]) * count) for at, count in [(offset, length), *others]])
+        else:
+            self.change(kind, offset, length, fill)
         frozen.temp.fail = None
         if frozen.snapshot.broken:
             assert frozen.snapshot.on_cbw_error is OnCbwError.BREAK_SNAPSHOT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +46,9 @@ class Pool(CopyBeforeWrite):
 
     def write_now(self, offset: int, data: Buffer) -> bool:
         return False
+
+    def write_many(self, writes: Sequence[tuple[int, memoryview]]) -> list[bool | Exception]:
+        return [False] * len(writes)
 
     def write_saving(self, offset: int, data: memoryview, hand_over: Callable[[], Done]) -> bool:
         return False
@@ -157,6 +160,51 @@ def test_a_write_that_hangs_in_a_temp_holds_up_nothing(rig: Rig, line: MakeLine,
     assert client.ask(Cmd.READ, CLUSTER, 9001).data == b"b" * 9000 + old[CLUSTER + 9000 : CLUSTER + 9001]
     assert snapshot.read(0, SIZE) == old
     assert client.ask(Cmd.WRITE, 10 * CLUSTER, payload=b"c" * 10).error == 0
+
+
+def test_writes_that_hang_together_in_a_temp_hold_up_nothing(rig: Rig, line: MakeLine, mode: ReplyMode) -> None:
+    """What they overwrite is saved in one go: another thread finds all of them, and what came behind."""
+    snapshot, temp = rig.snapshot()
+    temp.hold = threading.Event()
+    client = line(active_export("vda", "", rig.disk, cluster_size=CLUSTER), mode)
+    client.send(
+        client.request(Cmd.READ, 1, 10, cookie=1),
+        *(client.request(Cmd.WRITE, 2 * n * CLUSTER, payload=bytes([n]) * 4096, cookie=2 + n) for n in range(8)),
+        client.request(Cmd.READ, 2, 10, cookie=10),
+    )
+    assert [client.reply().cookie for _ in range(2)] == [1, 10]
+    assert temp.held.acquire(timeout=SECONDS)
+    # Into the memory that those payloads came in.
+    client.send(
+        *(client.request(Cmd.WRITE, (2 * n + 1) * CLUSTER, payload=b"b" * 9000, cookie=20 + n) for n in range(8))
+    )
+    client.send(client.request(Cmd.READ, 0, 4096, cookie=99))
+    old = pattern(SIZE)
+    assert client.reply().data == old[:4096]
+    temp.hold.set()
+    assert {client.reply().cookie for _ in range(16)} == {*range(2, 10), *range(20, 28)}
+    for n in range(8):
+        assert client.ask(Cmd.READ, 2 * n * CLUSTER, 4096).data == bytes([n]) * 4096
+        assert client.ask(Cmd.READ, (2 * n + 1) * CLUSTER, 9000).data == b"b" * 9000
+    assert snapshot.read(0, SIZE) == old
+    assert client.ask(Cmd.WRITE, 20 * CLUSTER, payload=b"c" * 10).error == 0
+
+
+def test_writes_in_flight_are_done_before_a_long_one_takes_their_memory(disk: Disk, line: MakeLine) -> None:
+    client = line(disk.export, SIMPLE)
+    long = pattern(SIZE - MiB // 2, seed=3)
+    client.send(
+        client.request(Cmd.WRITE, 0, payload=b"first" * 800, cookie=1),
+        client.request(Cmd.WRITE, MiB // 2, payload=long, cookie=2),
+        client.request(Cmd.WRITE, 8000, payload=b"last!" * 800, cookie=3),
+        client.request(Cmd.DISC),
+    )
+    assert {client.reply().cookie for _ in range(3)} == {1, 2, 3}
+    client.wait_closed()
+    assert (
+        disk.contents
+        == b"first" * 800 + pattern(SIZE)[4000:8000] + b"last!" * 800 + pattern(SIZE)[12000 : MiB // 2] + long
+    )
 
 
 def test_where_no_thread_can_go_on_for_one_that_hangs_the_client_is_dropped(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
 
@@ -28,6 +28,9 @@ from fleecing.errors import ImageError
 
 Segment = tuple[int, int, int]
 """(L1 index, first entry of that L2 table, entries)"""
+
+Piece = tuple[int, int, int]
+"""(first guest cluster, host offset in bytes of its data, clusters), clusters above 0"""
 
 
 class Entries(dict[int, "array[int]"]):
@@ -92,35 +95,51 @@ class Mapping:
                 bits[base : base + count] = bitarray(map(bool, self.entries[index][:count]))
         return bits
 
-    def link(self, first: int, host_offset: int, count: int) -> None:
-        """Map unmapped clusters to data that lies at `host_offset` (bytes). All or nothing, whatever it raises."""
-        segments = list(self._segments(first, count))
-        for index, lo, n in segments:
-            if any(self.entries[index][lo : lo + n]):
-                raise ImageError(
-                    self._file.path, host_offset, f"guest clusters {first} to {first + count - 1} are linked already"
-                )
-        missing = sum(index not in self._tables for index, _, _ in segments)
-        if missing:
-            self._refcounts.need(missing)
-        for index, _, _ in segments:
-            self._make_table(index)
-        cluster = host_offset >> self._cluster_bits
-        self._refcounts.up(cluster, count)
-        try:
+    def link(self, pieces: Sequence[Piece]) -> None:
+        """Map unmapped clusters to data that lies in the host already. All or nothing, whatever it raises."""
+        segments: list[tuple[int, int, int, int]] = []
+        missing = set()
+        for first, host_offset, count in pieces:
             at = host_offset
-            for index, lo, n in segments:
-                self._write_entries(index, lo, layout.data_entries(at, n, self._cluster_size))
+            for index, lo, n in self._segments(first, count):
+                if any(self.entries[index][lo : lo + n]):
+                    raise ImageError(
+                        self._file.path, at, f"guest clusters {first} to {first + count - 1} are linked already"
+                    )
+                segments.append((index, lo, n, at))
                 at += n << self._cluster_bits
+                if index not in self._tables:
+                    missing.add(index)
+        if missing:
+            self._refcounts.need(len(missing))
+        for index in dict.fromkeys(segment[0] for segment in segments):
+            self._make_table(index)
+        hosts = merge(sorted((host_offset >> self._cluster_bits, count) for _, host_offset, count in pieces))
+        self._count_up(hosts)
+        try:
+            for index, lo, n, at in segments:
+                self._write_entries(index, lo, layout.data_entries(at, n, self._cluster_size))
         except OSError:
-            self._undo_link(segments, cluster, count)
+            self._undo_link(segments, hosts)
             raise
-        at = host_offset
-        for index, lo, n in segments:
-            end = at + (n << self._cluster_bits)
-            self._own(index)[lo : lo + n] = array("Q", range(at, end, self._cluster_size))
+        for index, lo, n, at in segments:
+            entries = self._own(index)
+            if n == 1:
+                entries[lo] = at
+            else:
+                entries[lo : lo + n] = array("Q", range(at, at + (n << self._cluster_bits), self._cluster_size))
             self._tables[index].mapped += n
-            at = end
+
+    def _count_up(self, hosts: ClusterRuns) -> None:
+        """Count all of the runs or, after an OSError, none (a leak where undoing fails, too)."""
+        for i, (start, count) in enumerate(hosts):
+            try:
+                self._refcounts.up(start, count)
+            except OSError:
+                for before, n in hosts[:i]:
+                    with suppress(OSError):
+                        self._refcounts.down(before, n)
+                raise
 
     def link_zero(self, first: int, count: int) -> None:
         """Make clusters that are unmapped or zero read as zeroes. After an OSError some may be; it may be repeated."""
@@ -277,16 +296,18 @@ class Mapping:
             raise
         return L2Table(cluster, zeroes, zeroes, attached=False)
 
-    def _undo_link(self, segments: list[Segment], cluster: int, count: int) -> None:
+    def _undo_link(self, segments: list[tuple[int, int, int, int]], hosts: ClusterRuns) -> None:
         """The entries of a link that failed become unmapped again, then its clusters uncounted."""
         try:
-            for index, lo, n in segments:
+            for index, lo, n, _ in segments:
                 self._write_entries(index, lo, bytes(n * layout.ENTRY_BYTES))
         except OSError:
-            self._refcounts.doubt(cluster, count)
+            for start, count in hosts:
+                self._refcounts.doubt(start, count)
             return
-        with suppress(OSError):
-            self._refcounts.down(cluster, count)
+        for start, count in hosts:
+            with suppress(OSError):
+                self._refcounts.down(start, count)
 
     def _retire(self, index: int) -> ClusterRuns:
         """The table is empty: free the one that was empty before it, and keep this one for now."""

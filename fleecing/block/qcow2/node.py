@@ -25,7 +25,7 @@ from fleecing.block.hostfile import HostFile
 from fleecing.block.qcow2 import geometry, header, layout
 from fleecing.block.qcow2.header import Header
 from fleecing.block.qcow2.load import load
-from fleecing.block.qcow2.mapping import Mapping
+from fleecing.block.qcow2.mapping import Mapping, Piece
 from fleecing.block.qcow2.refcounts import ClusterRuns, Refcounts, merge
 from fleecing.errors import ImageError
 from fleecing.units import MiB
@@ -151,15 +151,20 @@ class TempImage:
             call()
 
     def link(self, first: int, host_offset: int, count: int) -> None:
-        """Map `count` unmapped guest clusters to placed clusters whose data is written.
+        """Map `count` unmapped guest clusters to placed clusters whose data is written; see `link_pieces`."""
+        self.link_pieces([(first, host_offset, count)])
+
+    def link_pieces(self, pieces: Sequence[Piece]) -> None:
+        """Map unmapped guest clusters, each once, to placed clusters whose data is written.
 
         All or nothing: after OSError or TempLimitReached (there is no room for an L2 table) nothing is linked, and the
         caller may try again or release the clusters. Raises ImageError where one of them is linked already.
         """
-        assert first >= 0 and first + count <= self.clusters and not host_offset & self._mask
+        for first, host_offset, count in pieces:
+            assert first >= 0 and first + count <= self.clusters and not host_offset & self._mask
         with self._lock:
             self._check_not_dropped()
-            self._mapping.link(first, host_offset, count)
+            self._mapping.link(pieces)
 
     def link_zero(self, first: int, count: int) -> None:
         """Make guest clusters that are unmapped (or zero) read as zeroes, without space.
