@@ -21,6 +21,7 @@ from typing import Any, Final, NamedTuple
 
 from fleecing.errors import ImageError
 from fleecing.pull.target import sync_folder
+from fleecing.units import MAX_SIZE
 
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
@@ -92,6 +93,12 @@ class Manifest:
 
 def _point(content: dict[str, Any]) -> Point:
     point = Point(**content)
+    texts = (point.name, point.file, point.chunks, point.chunks_sha256, point.created)
+    maybe = (point.backing, point.since, point.checkpoint, point.snapshot)
+    if not all(isinstance(text, str) for text in (*texts, *(text for text in maybe if text is not None))):
+        raise TypeError("a name is no text")
+    if not all(type(number) is int and 0 < number <= MAX_SIZE for number in (point.size, point.data or 1)):
+        raise TypeError("a size is no number of bytes")
     for name in (point.file, point.chunks, point.backing or ""):
         if os.sep in name or name in (".", ".."):
             raise ValueError(f"'{name}' is not the name of a file in the folder")

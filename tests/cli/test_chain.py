@@ -252,6 +252,15 @@ def test_a_manifest_that_makes_no_sense_is_told(tmp_path: Path, text: str) -> No
     assert "is no manifest of backups" in fleecing("verify", str(tmp_path), expect=1).stderr
 
 
+@pytest.mark.parametrize(
+    "key, value", [("size", {}), ("size", -1), ("size", 1 << 70), ("data", True), ("file", 7), ("name", None)]
+)
+def test_a_manifest_whose_values_make_no_sense_is_told(tmp_path: Path, key: str, value: object) -> None:
+    point = {"name": "p", "file": "p", "chunks": "p", "chunks_sha256": "", "size": 1, "data": 0, "created": ""}
+    (tmp_path / "manifest.json").write_text(json.dumps({"fleecing-backups": 1, "points": [point | {key: value}]}))
+    assert "is no manifest of backups" in fleecing("verify", str(tmp_path), expect=1).stderr
+
+
 def test_one_command_at_a_time_writes(tmp_path: Path) -> None:
     with new_chain(str(tmp_path)) as chain:
         Manifest().save(chain.folder)

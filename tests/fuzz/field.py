@@ -32,8 +32,8 @@ _MODE_OPTIONS: Mapping[ReplyMode, Sequence[Opt]] = {
 class Field:
     """`vda` and `vda@s` are shot at, `other` and `other@w` belong to the witness."""
 
-    def __init__(self, folder: Path, size: int, wrapper: tuple[str, ...] = ()) -> None:
-        """`size` in bytes is that of `vda`, which is a hole."""
+    def __init__(self, folder: Path, size: int, *options: str, wrapper: tuple[str, ...] = ()) -> None:
+        """`size` in bytes is that of `vda`, which is a hole; `options` go to the server's command line."""
         images = {"vda": folder / "vda.raw", "other": folder / "other.raw"}
         images["vda"].touch()
         with images["vda"].open("r+b") as image:
@@ -41,7 +41,7 @@ class Field:
         images["other"].write_bytes(pattern(WITNESS_SIZE))
         self.size = size
         self._looked = 0  # lines of the log
-        self.server = Server(folder / "server", images, wrapper=wrapper)
+        self.server = Server(folder / "server", images, *options, wrapper=wrapper)
         self.server.freeze("vda", name="s")
         self.server.freeze("other", name="w")
 

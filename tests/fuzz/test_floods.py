@@ -96,23 +96,38 @@ def test_long_simple_reads_that_nobody_takes_have_a_fixed_share_of_memory(field:
     assert field.peak < MEMORY + BUDGET
 
 
-def test_a_crowd_of_idle_clients_costs_little(field: Field) -> None:
-    haggling = [field.dial() for _ in range(300)]
-    inside = [field.enter("vda", ReplyMode.STRUCTURED) for _ in range(100)]
-    for wire in inside:
-        assert wire.ask(Cmd.READ, 0, 4096).error == 0
+def test_a_thousand_idle_and_two_hundred_active_clients_at_once(tmp_path: Path) -> None:
+    """Half of the idle ones are in the handshake; every active one has requests in flight all the time."""
+    field = Field(tmp_path, SIZE, "--limit", "clients=1300", "--limit", "handshake-seconds=600")
+    idle = [field.dial() for _ in range(500)]
+    idle += [field.enter("vda@s", ReplyMode.STRUCTURED).sock for _ in range(500)]
+    active = [field.enter("vda", ReplyMode.STRUCTURED) for _ in range(200)]
+    share = SIZE // len(active)
     with Witness(field):
-        pass
-    for sock in [*haggling, *[wire.sock for wire in inside]]:
-        sock.close()
-    assert field.peak < MEMORY + BUDGET + len(inside) * 2 * MiB
+        for turn in range(2):
+            for number, wire in enumerate(active):
+                at = number * share + turn * 8 * KiB
+                wire.send(wire.request(Cmd.WRITE, at, payload=bytes([number + 1]) * 4 * KiB, cookie=0))
+                wire.send(*[wire.request(Cmd.READ, at, 8 * KiB, cookie=cookie) for cookie in range(1, 5)])
+                assert len(field.server.status()["clients"]) >= 700  # those in the handshake have none of an export yet
+            for number, wire in enumerate(active):
+                replies = wire.replies(5)
+                assert not any(reply.error for reply in replies.values())
+                last = wire.ask(Cmd.READ, number * share + turn * 8 * KiB, 8 * KiB)
+                assert last.data == bytes([number + 1]) * 4 * KiB + bytes(4 * KiB)
+        frozen = field.enter("vda@s", ReplyMode.STRUCTURED)
+        assert not any(frozen.ask(Cmd.READ, 0, MiB).data)
+        for sock in [*idle, *[wire.sock for wire in [*active, frozen]]]:
+            sock.close()
+    assert field.peak < MEMORY + 700 * 2 * MiB
+    field.stop()
 
 
 @pytest.mark.parametrize(("soft", "hard"), [(300, 300), (300, 4096)])
 def test_more_clients_than_descriptors_leave_the_operator_and_the_guest_alone(
     tmp_path: Path, soft: int, hard: int
 ) -> None:
-    field = Field(tmp_path, SIZE, ("prlimit", f"--nofile={soft}:{hard}"))
+    field = Field(tmp_path, SIZE, wrapper=("prlimit", f"--nofile={soft}:{hard}"))
     guest = field.enter("vda", ReplyMode.SIMPLE)
     with Witness(field, newcomers=False):
         crowd = [field.dial() for _ in range(1200)]
