@@ -17,9 +17,12 @@ import click
 from fleecing.cli.output import print_json
 from fleecing.cli.params import CLUSTER_SIZE, NAME, SOCKET, Checked, json_option
 from fleecing.control import daemon
+from fleecing.control.access import AccessRule
 from fleecing.control.activation import take_sockets
 from fleecing.control.config import ServerSettings, TcpAddress, make_settings, read_config
+from fleecing.control.exposure import open_ends
 from fleecing.control.names import clean_name
+from fleecing.errors import ConfigError
 from fleecing.nbd.conversation import TlsMode
 from fleecing.units import format_size
 
@@ -153,17 +156,24 @@ def _program() -> str:
 
 @click.command("check-config", epilog="\b\nExample:\n  fleecing check-config /etc/fleecing.toml\n")
 @click.argument("file")
+@click.option("--strict", is_flag=True, help="Exit with code 1 where there is a warning.")
 @json_option
-def check_config(*, file: str, as_json: bool) -> None:
+def check_config(*, file: str, strict: bool, as_json: bool) -> None:
     """Say whether FILE can be given to `serve --config`, and what it comes to with all defaults filled in.
 
+    Warnings on stderr name all that is open: listeners, rules, and files and folders that others can read or change.
     The images are not opened. Exit code 1 and one line that names every mistake where FILE cannot be used.
     """
     settings = read_config(file)
+    warnings = open_ends(settings, file)
     if as_json:
-        print_json(settings.model_dump(mode="json", by_alias=True))
-        return
-    click.echo(_described(settings))
+        print_json({**settings.model_dump(mode="json", by_alias=True), "warnings": warnings})
+    else:
+        click.echo(_described(settings))
+    for warning in warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    if strict and warnings:
+        raise ConfigError(f"configuration {file} has warnings ({len(warnings)}), and --strict takes none")
 
 
 def _described(settings: ServerSettings) -> str:
@@ -172,6 +182,8 @@ def _described(settings: ServerSettings) -> str:
     group = "" if settings.control_group is None else f", group {settings.control_group}"
     lines += [f"control    {settings.control}{group}", f"state-dir  {settings.state_dir}"]
     lines += [f"temp-dir   {path}" for path in settings.temp_dir or [settings.state_dir]]
+    for rule in settings.access or ():
+        lines.append(f"access     {', '.join(rule.export)}: {', '.join(rule.allow)} for {_whom(rule)}")
     for name, disk in settings.disk.items():
         lines.append(f"disk       {name}: {disk.path}, raw, clusters of {format_size(disk.cluster_size)}")
     return "\n".join(lines)
@@ -179,6 +191,11 @@ def _described(settings: ServerSettings) -> str:
 
 def _address(address: TcpAddress) -> str:
     return f"{address} (any free port)" if not address.port else str(address)
+
+
+def _whom(rule: AccessRule) -> str:
+    whom = rule.model_dump(exclude={"export", "allow"}, exclude_none=True)
+    return ", ".join(f"{key} {' or '.join(map(str, values))}" for key, values in whom.items()) or "everybody"
 
 
 def _unix(settings: ServerSettings) -> str:
