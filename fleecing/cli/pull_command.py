@@ -79,6 +79,7 @@ Examples:
     help="How long a lost connection is tried again; 0 = a loss is a failure.",
 )
 @click.option("--no-check", is_flag=True, help="Keep no checksums for a later --resume.")
+@click.option("--no-sync", is_flag=True, help="Do not wait for TARGET's disk: a loss of power may cost the copy.")
 @click.option("--chain", is_flag=True, help="TARGET is a folder of backups; add the snapshot to it.")
 @click.option("--json", "as_json", is_flag=True, help="Tell progress and the end as lines of JSON.")
 @control_option
@@ -106,6 +107,7 @@ def pull_command(*, source: str, target: str, form: str | None, control: str, **
             resume=options["resume"],
             existing=options["existing"],
             journal_path=options["journal"],
+            waits=not options["no_sync"],
         )
     except ValueError as e:
         raise click.BadParameter(str(e), param_hint="TARGET") from None
@@ -133,7 +135,7 @@ def _tell(lines: JsonLines | None, target: str, run: Callable[[], PullReport | N
 
 
 def _check_chain_options(form: str | None, options: dict[str, Any]) -> None:
-    for name in ("existing", "journal", "bitmap", "no_bitmap", "no_check"):
+    for name in ("existing", "journal", "bitmap", "no_bitmap", "no_check", "no_sync"):
         if options[name]:
             raise click.UsageError(f"--{name.replace('_', '-')} does not go with --chain.")
     if form == "raw":

@@ -43,8 +43,10 @@ from fleecing.nbd.transmission import (
     STATUS_EXT,
 )
 
-HEAD_SIZE: Final = 1 << 16
-"""Bytes received at a time while the next thing expected is a header; larger than any header with a small payload."""
+HEAD_SIZE: Final = 1 << 14
+"""Bytes received at a time while the next thing expected is a header; larger than any header with a small payload.
+
+What comes in of a large payload with it is copied once more: with 64 KiB that was a quarter of a full pull's data."""
 
 MAX_EXTENTS: Final = 1 << 16
 """Extents that are kept of one context's reply; what comes behind is dropped, as if the server had answered shorter."""

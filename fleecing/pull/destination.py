@@ -44,6 +44,8 @@ class Destination:
     resume: bool = False
     existing: bool = False
     journal_path: str | None = None
+    waits: bool = True
+    """See Target."""
 
     def __post_init__(self) -> None:
         self.is_stream = self.name == "-"
@@ -110,6 +112,11 @@ class Destination:
 
     def open(self, size: int) -> Target:
         """The target for a disk of `size` bytes, as `prepare` has found it. Raises OSError and ImageError."""
+        target = self._open(size)
+        target.waits = self.waits
+        return target
+
+    def _open(self, size: int) -> Target:
         if self.is_stream:
             return StreamTarget(1, size)
         if self.uri is not None:

@@ -295,7 +295,7 @@ class _Pull:
             raise BlockError(f"{self.source.uri}: {done} of {self.plan.size} bytes were dealt with; nothing is kept")
 
     def _make_durable(self) -> None:
-        if self._journal is not None:
+        if self._journal is not None and self.target.waits:
             position = self._journal.position
             self.target.sync()
             self._journal.durable(position)

@@ -100,7 +100,7 @@ class NbdTarget(Target):
 
         The first connection is no worker's where each has its own.
         """
-        if self._first.can(TransmissionFlag.SEND_FLUSH):
+        if self.waits and self._first.can(TransmissionFlag.SEND_FLUSH):
             with self._one_at_a_time:
                 self._first.flush()
 

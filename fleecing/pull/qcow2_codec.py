@@ -27,7 +27,7 @@ L2_ENTRIES: Final = CLUSTER // layout.ENTRY_BYTES
 BLOCK_ENTRIES: Final = CLUSTER // layout.REFCOUNT_BYTES
 
 _HEADER: Final = struct.Struct(">4sIQIIQIIQQIIQQQQIIB7x")
-"""Version 3 with the compression type (layout.HEADER has its fields' names but for that)."""
+"""Version 3 with the compression type (layouts.HEADER has its fields' names but for that)."""
 _EXTENSION: Final = struct.Struct(">II")
 
 _OFFSET_BITS: Final = 62 - (CLUSTER_BITS - 8)

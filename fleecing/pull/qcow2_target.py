@@ -225,8 +225,9 @@ class Qcow2Target(Target):
         return b"".join(reader.read_cluster(cluster) or bytes(CLUSTER) for cluster in clusters)[:length]
 
     def sync(self) -> None:
-        with naming(self._file.path):
-            self._file.sync()
+        if self.waits:
+            with naming(self._file.path):
+                self._file.sync()
 
     def finish(self) -> None:
         if self._is_resumed:
@@ -236,7 +237,7 @@ class Qcow2Target(Target):
         self._put(0, header)
         self.sync()
         self._file.close()
-        give_name(self.path)
+        give_name(self.path, durably=self.waits)
 
     def _write_refcounts(self) -> bytes:
         """Write the refcounts, which count themselves; the header that names them."""

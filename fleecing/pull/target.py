@@ -30,6 +30,8 @@ class Target(ABC):
     granularity: int = 1
     needs_all: bool = False
     """Every byte has to come: an increment cannot go there."""
+    waits: bool = True
+    """`sync` and `finish` wait until the target's disk has it all; without, the loss of power may cost the copy."""
 
     @abstractmethod
     def write(self, offset: int, data: memoryview) -> None:
@@ -132,14 +134,15 @@ class RawTarget(Target):
             return os.pread(self._file.fd, length, offset)
 
     def sync(self) -> None:
-        with naming(self._file.path):
-            self._file.sync()
+        if self.waits:
+            with naming(self._file.path):
+                self._file.sync()
 
     def finish(self) -> None:
         self.sync()
         self._file.close()
         if self._is_new:
-            give_name(self.path)
+            give_name(self.path, durably=self.waits)
 
     def abandon(self) -> None:
         self._file.close()
@@ -183,10 +186,11 @@ def remove_part(path: str) -> None:
         os.unlink(path + PART)
 
 
-def give_name(path: str) -> None:
+def give_name(path: str, *, durably: bool = True) -> None:
     """`path`.part, which is durable, is `path` from now on, durably."""
     os.rename(path + PART, path)
-    sync_folder(os.path.dirname(path) or ".")
+    if durably:
+        sync_folder(os.path.dirname(path) or ".")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import pytest
 
 from fleecing.block.hostfile import HostFile
 from fleecing.errors import ImageError
+from fleecing.pull.destination import Destination, Format
 from fleecing.pull.target import RawTarget
 from fleecing.units import MiB
 
@@ -38,6 +39,23 @@ def test_the_name_appears_only_when_all_is_written(tmp_path: Path) -> None:
     assert not path.exists()
     target.finish()
     assert os.listdir(tmp_path) == ["copy"]
+
+
+@pytest.mark.parametrize("name", ["copy.img", "copy.qcow2"])
+def test_a_copy_is_on_the_disk_before_it_has_its_name_unless_nobody_waits(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for call in ("fdatasync", "fsync"):
+        monkeypatch.setattr(f"os.{call}", lambda _, call=call: calls.append(f"{call}, {(tmp_path / name).exists()}"))
+    form = Format.QCOW2 if name.endswith("qcow2") else Format.RAW
+    for waits in (True, False):
+        target = Destination(str(tmp_path / name), format=form, waits=waits).open(MiB)
+        target.write(0, memoryview(b"x" * MiB))
+        target.finish()
+        assert (calls[0], calls[-1]) == ("fdatasync, False", "fsync, True") if waits else not calls
+        calls.clear()
+        (tmp_path / name).unlink()
 
 
 def test_an_abandoned_target_leaves_nothing(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from construct import ConstructError
 
-from fleecing.block.qcow2 import layout
+from fleecing.block.qcow2 import layout, layouts
 from fleecing.block.qcow2.geometry import Geometry
 from fleecing.block.qcow2.layout import ExtensionType
 from fleecing.errors import ImageError
@@ -34,7 +34,7 @@ def build(path: str, header: Header) -> bytes:
             path, -1, f"the backing file's path has {len(name)} bytes, qcow2 takes {layout.MAX_BACKING_NAME}"
         )
     extensions = b"".join(
-        layout.EXTENSION.build({"type": kind, "length": len(data), "data": data})
+        layouts.EXTENSION.build({"type": kind, "length": len(data), "data": data})
         for kind, data in (
             (ExtensionType.BACKING_FORMAT, header.backing_format.encode()),
             (ExtensionType.END, b""),
@@ -67,7 +67,7 @@ def build(path: str, header: Header) -> bytes:
         "refcount_order": layout.REFCOUNT_ORDER,
         "header_length": layout.HEADER_LENGTH,
     }
-    return bytes(layout.HEADER.build(fields)) + extensions + name
+    return bytes(layouts.HEADER.build(fields)) + extensions + name
 
 
 def parse(path: str, data: bytes, file_length: int) -> Header:
@@ -76,7 +76,7 @@ def parse(path: str, data: bytes, file_length: int) -> Header:
     Refuses whatever a temp image does not use (snapshots, encryption, feature bits): nobody here could go on with it.
     """
     try:
-        fields = layout.HEADER.parse(data)
+        fields = layouts.HEADER.parse(data)
     except ConstructError:
         raise ImageError(path, 0, "is no qcow2 image") from None
     values = {name: value for name, value in fields.items() if isinstance(value, int)}
@@ -148,7 +148,7 @@ def _backing_format(path: str, data: bytes, offset: int) -> str:
     found = ""
     while True:
         try:
-            extension = layout.EXTENSION.parse(data[offset:])
+            extension = layouts.EXTENSION.parse(data[offset:])
         except ConstructError:
             raise ImageError(path, offset, "header extensions without an end") from None
         if extension.type == ExtensionType.END:

@@ -1,7 +1,7 @@
-"""What lies where in a qcow2 file: the parts that a temp image uses (QEMU docs/interop/qcow2.rst).
+"""The numbers of the qcow2 format, as far as a temp image uses it (QEMU docs/interop/qcow2.rst).
 
-All integers are big-endian. The construct layouts are the documented truth; what is read or written per table goes
-through `array` and the constants below, and tests prove that both say the same.
+What lies where is said in layouts.py; what is read or written per table goes through `array` and the constants here,
+and tests prove that both say the same.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import struct
 import sys
 from array import array
 from enum import IntEnum, IntFlag
-
-from construct import BitsInteger, BitStruct, Bytes, Const, Flag, Int32ub, Int64ub, Padding, Struct, this
 
 from fleecing.units import MiB
 
@@ -56,50 +54,6 @@ class ExtensionType(IntEnum):
     ENCRYPTION = 0x0537BE77
     EXTERNAL_DATA_FILE = 0x44415441
 
-
-HEADER = Struct(
-    "magic" / Const(MAGIC),
-    "version" / Int32ub,
-    "backing_file_offset" / Int64ub,
-    "backing_file_size" / Int32ub,
-    "cluster_bits" / Int32ub,
-    "size" / Int64ub,
-    "crypt_method" / Int32ub,
-    "l1_size" / Int32ub,
-    "l1_table_offset" / Int64ub,
-    "refcount_table_offset" / Int64ub,
-    "refcount_table_clusters" / Int32ub,
-    "nb_snapshots" / Int32ub,
-    "snapshots_offset" / Int64ub,
-    "incompatible_features" / Int64ub,
-    "compatible_features" / Int64ub,
-    "autoclear_features" / Int64ub,
-    "refcount_order" / Int32ub,
-    "header_length" / Int32ub,
-)
-
-EXTENSION = Struct(
-    "type" / Int32ub,
-    "length" / Int32ub,
-    "data" / Bytes(this.length),
-    Padding(-this.length % 8),
-)
-
-# Offsets of the three entries below count in units of 512 bytes, as bit 9 is their lowest.
-L1_ENTRY = BitStruct(
-    "copied" / Flag, "reserved_56" / BitsInteger(7), "offset" / BitsInteger(47), "reserved_0" / BitsInteger(9)
-)
-
-L2_ENTRY = BitStruct(
-    "copied" / Flag,
-    "compressed" / Flag,
-    "reserved_56" / BitsInteger(6),
-    "offset" / BitsInteger(47),
-    "reserved_1" / BitsInteger(8),
-    "zero" / Flag,
-)
-
-REFCOUNT_TABLE_ENTRY = BitStruct("offset" / BitsInteger(55), "reserved_0" / BitsInteger(9))
 
 ENTRY = struct.Struct(">Q")
 """One entry of any table, for single reads and writes."""
