@@ -9,14 +9,14 @@ import math
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
-from scripts.benchmark.contenders.table import SERVE
+from scripts.benchmark.contenders.table import CONTENDERS
 from scripts.benchmark.model import METRICS, Against
 from scripts.benchmark.results import Result
 
 _LINE = 18
 _LEFT, _WIDTH, _TOP = 240, 640, 70
 _LOWEST, _HIGHEST = 0.25, 16.0
-_COLOURS = ("#1f77b4", "#17becf", "#9467bd", "#8c564b", "#7f7f7f", "#bcbd22")
+_COLOURS = ("#1f77b4", "#17becf", "#9467bd", "#8c564b", "#7f7f7f", "#bcbd22", "#e377c2", "#ff7f0e")
 _GOOD, _BAD = "#2ca02c", "#d62728"
 
 
@@ -24,7 +24,7 @@ def svg(results: Sequence[Result], title: str) -> str:
     """The picture. Right of 1 ours is better; the bar ends at the best peer, a red or green mark is the goal."""
     rows = [result for result in results if not result.left_out and result.ratio(_main(result), _best(result))]
     height = _TOP + _LINE * (len(rows) + 2)
-    peers = [name for name in SERVE if any(name in result.peers for result in rows)]
+    peers = [name for name in CONTENDERS if any(name in result.peers for result in rows)]
     colours = dict(zip(peers, _COLOURS, strict=False))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_LEFT + _WIDTH + 40}" height="{height}" '

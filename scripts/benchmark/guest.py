@@ -36,8 +36,9 @@ class Writer:
         options = [f"--write_lat_log={self._logs}", "--log_unix_epoch=1", f"--exec_prerun=echo > {go}"]
         if rate:
             options.append(f"--rate_iops={rate}")
+        # What the prerun says goes to a file in fio's working folder.
         job = Fio("randwrite", 4 * KiB, depth, house.settings.size, seconds=300.0, options=tuple(options))
-        self._fio = Process(job.command(uri, house.path("fio.json")), house.log)
+        self._fio = Process(job.command(uri, house.path("fio.json")), house.log, folder=house.folder)
         go.read_text()  # returns when it is about to write
 
     def stop(self) -> list[tuple[float, int]]:

@@ -49,7 +49,7 @@ class House(AbstractContextManager["House"]):
         if (free := shutil.disk_usage(parent).free) < need:
             raise BenchError(f"{parent} has {free / GiB:.1f} GiB free, {need / GiB:.0f} are needed: use --scratch")
         self.settings = settings
-        self.folder = Path(tempfile.mkdtemp(prefix="fleecing-bench-", dir=parent))
+        self.folder = Path(tempfile.mkdtemp(prefix="fleecing-bench-", dir=parent.resolve()))
         self.memory_folder = Path(tempfile.mkdtemp(prefix="fleecing-bench-", dir=_memory_parent(parent)))
         self.log = self.folder / "log"
         self.notes: list[str] = []

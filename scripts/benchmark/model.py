@@ -27,6 +27,7 @@ METRICS: Mapping[str, Metric] = {
     "p99": Metric("us, p99"),
     "cpu": Metric("us of server CPU/request"),
     "cpu_gib": Metric("s of server CPU/GiB"),
+    "client_gib": Metric("s of client CPU/GiB"),
     "seconds": Metric("s"),
     "cpu_s": Metric("s of server CPU"),
     "rss": Metric("MiB resident"),
@@ -102,13 +103,14 @@ class Server(Protocol):
 
 @dataclass
 class Offer:
-    """What a sample can use: the URI of a disk and, on some stages, of a snapshot of it."""
+    """What a sample can use: the URI of a disk and, on some stages, of a snapshot of it; `tool`: who is measured."""
 
     server: Server
     disk: str
     snapshot: str = ""
     temp_path: str = ""
     create_seconds: float = 0.0
+    tool: str = ""
 
 
 class Image(StrEnum):
@@ -130,13 +132,17 @@ class Snapshot(StrEnum):
 
 @dataclass(frozen=True)
 class Stage:
-    """What has to be there for a row. `copied`: percent of a lasting snapshot; `tib`: size of a sparse image."""
+    """What has to be there for a row. `copied`: percent of a lasting snapshot; `tib`: size of a sparse image.
+
+    `tools`: the contenders are clients, all of one server.
+    """
 
     transport: Transport = Transport.UNIX
     image: Image = Image.DISK
     snapshot: Snapshot = Snapshot.NONE
     copied: int = 0
     tib: int = 0
+    tools: bool = False
 
 
 Measure = Callable[[Offer], Figures]

@@ -47,6 +47,7 @@ class Process:
 
     What it says goes to `log`; the lines of standard output (`listen="stdout"`) or of standard error are handed out by
     `wait_line`. `fds` are passed on as descriptors 3 and up, with LISTEN_FDS, as systemd's socket activation does.
+    `folder` is where it works.
     """
 
     running: ClassVar[set[Process]] = set()
@@ -59,6 +60,7 @@ class Process:
         listen: str = "stderr",
         fds: Sequence[socket.socket] = (),
         env: Mapping[str, str] | None = None,
+        folder: Path | None = None,
     ) -> None:
         argv = [str(word) for word in command]
         self.name = Path(argv[0]).name
@@ -73,6 +75,7 @@ class Process:
                 stdout=subprocess.PIPE if listen == "stdout" else out,
                 stderr=subprocess.PIPE if listen == "stderr" else out,
                 env=environment(env),
+                cwd=folder,
                 pass_fds=[fd.fileno() for fd in fds],
             )
         for fd in fds:

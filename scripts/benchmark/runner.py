@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from itertools import groupby
 
 from scripts.benchmark.contenders.table import why_not
+from scripts.benchmark.copies import open_tools
 from scripts.benchmark.house import House, make_dirty
 from scripts.benchmark.machine import Spinners, quiet_since, watch
 from scripts.benchmark.model import Row, Stage
@@ -49,7 +50,11 @@ class Runner:
         }
         names = [name for name, reason in reasons.items() if not reason]
         failures: dict[str, str] = {}
-        with open_stage(self._house, stage, names, failures.__setitem__) as give:
+        if stage.tools:
+            stand = open_tools(self._house, stage)
+        else:
+            stand = open_stage(self._house, stage, names, failures.__setitem__)
+        with stand as give:
             for result in results:
                 mine = result.row.contenders
                 result.absent = {name: text for name, text in reasons.items() if text and name in mine}

@@ -38,7 +38,7 @@ def open_stage(
             try:
                 servers[name] = server = stack.enter_context(SERVE[name](house, image, stage.transport))
                 if stage.snapshot is not Snapshot.FRESH:
-                    offers[name] = stack.enter_context(_lasting(house, stage, server))
+                    offers[name] = stack.enter_context(lasting(house, stage, server))
             except (BenchError, OSError) as e:  # the others go on without it
                 failed(name, str(e))
 
@@ -72,7 +72,7 @@ def _alone(house: House, stage: Stage, image: Path, name: str) -> Iterator[Offer
 
 
 @contextmanager
-def _lasting(house: House, stage: Stage, server: Server) -> Iterator[Offer]:
+def lasting(house: House, stage: Stage, server: Server) -> Iterator[Offer]:
     """The plain disk; or a snapshot, `copied` % of whose clusters the guest has overwritten since."""
     if stage.snapshot is Snapshot.NONE:
         yield Offer(server, server.uri)

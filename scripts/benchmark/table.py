@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from scripts.benchmark.contenders.table import OURS, SERVE
+from scripts.benchmark.contenders.table import CONTENDERS, OURS
 from scripts.benchmark.model import METRICS
 from scripts.benchmark.results import Result, Summary
 
@@ -28,7 +28,7 @@ def number(value: float) -> str:
 
 def show(console: Console, results: Sequence[Result]) -> None:
     """The table of ratios, then what is in doubt or was left out."""
-    peers = [name for name in SERVE if any(name in result.peers for result in results)]
+    peers = [name for name in CONTENDERS if any(name in result.peers for result in results)]
     table = Table(title="medians; ours / peer", header_style="bold", padding=(0, 1, 0, 0), box=box.SIMPLE_HEAD)
     table.add_column("row", no_wrap=True)
     table.add_column("figure", no_wrap=True)

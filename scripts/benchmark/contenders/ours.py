@@ -16,14 +16,14 @@ from scripts.benchmark.process import Process, run
 
 NAME = "ours"
 
-_COMMAND = [sys.executable, "-P", "-m", "fleecing"]
-_TREE = {"PYTHONPATH": str(Path(__file__).parents[3])}
+COMMAND = [sys.executable, "-P", "-m", "fleecing"]
+TREE = {"PYTHONPATH": str(Path(__file__).parents[3])}
 """The version measured is the one beside these scripts, whatever is installed."""
 
 
 def lacks(house: House, transport: Transport) -> str:
     """Why it cannot serve over this transport, or nothing."""
-    if transport is Transport.TLS and "--tls-dir" not in run([*_COMMAND, "serve", "--help"], house.log, env=_TREE):
+    if transport is Transport.TLS and "--tls-dir" not in run([*COMMAND, "serve", "--help"], house.log, env=TREE):
         return "this version has no TLS"
     return ""
 
@@ -68,8 +68,8 @@ def serve(house: House, image: Path, transport: Transport) -> Iterator[Ours]:
     listen = ["--unix", house.path("sock")] if transport is Transport.UNIX else ["--listen", "127.0.0.1:0"]
     if transport is Transport.TLS:
         listen += ["--tls", "require", "--tls-dir", certificates(house)]
-    command = [*_COMMAND, "serve", image, "--name", "vda", "--control", control, "--state-dir", folder, *listen]
-    with Process(command, house.log, env=_TREE) as child:
+    command = [*COMMAND, "serve", image, "--name", "vda", "--control", control, "--state-dir", folder, *listen]
+    with Process(command, house.log, env=TREE) as child:
         child.wait_line("^Ready")
         server = Ours(child, str(control))
         if transport is Transport.TLS:

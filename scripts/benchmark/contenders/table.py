@@ -35,9 +35,16 @@ PROGRAMS: Mapping[str, str] = {
 }
 
 
+TOOLS: Mapping[str, str] = {"nbdcopy": "nbdcopy", "qemu-img": "qemu-img"}
+"""Clients, and their programs: what ours is compared with where the server is the same."""
+
+CONTENDERS = (*SERVE, *TOOLS)
+"""All, in the order in which they are shown."""
+
+
 def why_not(house: House, name: str, transport: Transport) -> str:
     """Why a contender cannot take part, or nothing."""
-    program = PROGRAMS.get(name)
+    program = PROGRAMS.get(name) or TOOLS.get(name)
     if program is not None and shutil.which(program) is None:
         return f"{program} is not installed"
     return ours.lacks(house, transport) if name == OURS else ""
