@@ -10,8 +10,8 @@ import click
 from fleecing.block.copy_before_write import OnCbwError
 from fleecing.cli.control_client import ControlClient, snapshot_path
 from fleecing.cli.output import fields, local_time, print_json, table
-from fleecing.cli.params import EXPORT, NAME, NEW_LIMIT, TEMP_LIMIT, control_option, json_option
-from fleecing.control.models import DEFAULT_CBW_TIMEOUT
+from fleecing.cli.params import EXPORT, GRACE, NAME, NEW_LIMIT, TEMP_LIMIT, control_option, json_option
+from fleecing.control.models import DEFAULT_CBW_TIMEOUT, DEFAULT_READ_ONCE_GRACE
 from fleecing.errors import ControlError
 from fleecing.units import format_size
 
@@ -27,7 +27,7 @@ Examples:
   fleecing snapshot create vda
   fleecing snapshot create vda vdb --name monday --temp-limit 20G
   fleecing snapshot create vda --checkpoint tuesday --since monday --or-full
-  qemu-img convert -f raw -O qcow2 "$(fleecing snapshot create vda)" vda.qcow2
+  qemu-img convert -f raw -O qcow2 "$(fleecing snapshot create vda --read-once)" vda.qcow2
 """
 )
 @click.argument("disks", metavar="DISK...", nargs=-1, required=True, type=NAME)
@@ -63,6 +63,14 @@ Examples:
     help="Full, with what changed since this checkpoint as a dirty bitmap.",
 )
 @click.option("--bitmap-name", type=NAME, help="Name of the dirty bitmap; else that of the checkpoint it begins with.")
+@click.option(
+    "--read-once", is_flag=True, help="Trim by itself what was read, for clients that send no TRIM (qemu-img, nbdcopy)."
+)
+@click.option(
+    "--read-once-grace",
+    type=GRACE,
+    help=f"What was read last and can be read again; else {format_size(DEFAULT_READ_ONCE_GRACE)}.",
+)
 @click.option("--tcp", is_flag=True, help="Print URIs over TCP, where the server has a Unix socket, too.")
 @control_option
 @json_option
@@ -79,6 +87,8 @@ def create(
     or_full: bool,
     bitmap: str | None,
     bitmap_name: str | None,
+    read_once: bool,
+    read_once_grace: int | None,
     tcp: bool,
     control: str,
     as_json: bool,
@@ -91,6 +101,9 @@ def create(
 
     An incremental snapshot (--since) shows what changed and nothing else, and has one dirty bitmap that says where.
     With --or-full, a disk whose changes are not known gets a full one; which and why is told on stderr.
+
+    A snapshot with --read-once is for one reader, which may read everything once, over any number of connections, and
+    what it read last (--read-once-grace) again when its connection broke. A second reader would find nothing.
     """
     if not math.isfinite(cbw_timeout):
         raise click.BadParameter(f"{cbw_timeout} is no number of seconds", param_hint="--cbw-timeout")
@@ -105,6 +118,8 @@ def create(
         raise click.UsageError("--or-full goes with --since only.")
     if bitmap_name is not None and since is None and bitmap is None:
         raise click.UsageError("--bitmap-name goes with --since or --bitmap only.")
+    if read_once_grace is not None and not read_once:
+        raise click.UsageError("--read-once-grace goes with --read-once only.")
     body = {
         "disks": disks,
         "name": name,
@@ -117,6 +132,8 @@ def create(
         "or_full": or_full,
         "bitmap": bitmap,
         "bitmap_name": bitmap_name,
+        "read_once": read_once,
+        "read_once_grace": read_once_grace,
     }
     client = ControlClient(control)
     if tcp and not any(map(_is_tcp, client.request("GET", "/v1/disks")["disks"][0]["uris"])):
@@ -163,7 +180,7 @@ def snapshot_table(snapshots: list[dict[str, Any]]) -> str:
             format_size(s["temp"]["peak"]),
             "none" if s["temp"]["limit"] is None else format_size(s["temp"]["limit"]),
             str(s["clients"]),
-            f"broken: {s['broken']}" if s["state"] == "broken" else s["state"],
+            f"broken: {s['broken']}" if s["state"] == "broken" else s["state"] + ", read once" * s["read_once"],
         )
         for s in snapshots
     ]
@@ -198,6 +215,7 @@ def show(*, which: tuple[str, str], control: str, as_json: bool) -> None:
         ("temp limit", "none" if temp["limit"] is None else format_size(temp["limit"])),
         ("on-cbw-error", s["on_cbw_error"]),
         ("durable", "yes" if s["durable"] else "no"),
+        ("read once", f"yes, grace {format_size(s['read_once_grace'])}" if s["read_once"] else "no"),
         ("cbw-timeout", f"{s['cbw_timeout']:g} s" if s["cbw_timeout"] else "none"),
         ("clients", str(s["clients"])),
         *(("uri", uri) for uri in s["uris"]),

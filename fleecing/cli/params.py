@@ -35,6 +35,7 @@ NAME = Checked("NAME", check_name)
 EXPORT = Checked("DISK@SNAPSHOT", split_export)
 CLUSTER_SIZE = Checked("SIZE", lambda text: check_cluster_size(parse_size(text)))
 TEMP_LIMIT = Checked("SIZE", lambda text: check_temp_limit(parse_size(text)))
+GRACE = Checked("SIZE", parse_size)
 NEW_LIMIT = Checked("SIZE|none", lambda text: 0 if text == "none" else check_temp_limit(parse_size(text)))
 SOCKET = Checked("PATH", lambda text: check_socket_path(os.path.abspath(text)))
 

@@ -43,6 +43,8 @@ from fleecing.control.state import (
 )
 from fleecing.control.store import BITMAP_NAME, RECORD_NAME, SCOPE_NAME
 from fleecing.errors import BlockError, ControlError, ImageError
+from fleecing.server.sent_clusters import MOST_WINDOW
+from fleecing.units import format_size
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +85,7 @@ class Creation:
         """Raises ControlError; then nothing is left behind, or `undo` returns False."""
         for disk in self._disks:
             _check_image(disk)
+            _check_grace(disk, self._name, self._request)
             _check_space(disk, self._name)
             if self._request.checkpoint is not None:
                 disk.chain.check_free(self._request.checkpoint)
@@ -185,6 +188,7 @@ class _Part:
             since=request.since,
             checkpoint=request.checkpoint,
             bitmap=None if wanted is None else request.bitmap_name or wanted,
+            read_once_grace=request.grace,
         )
         if wanted is not None:
             try:
@@ -291,6 +295,17 @@ def _check_image(disk: Disk) -> None:
         disk.node.file.check_size()
     except ImageError as e:
         raise ControlError(409, f"image {e.path} of disk '{disk.name}' {e.text}") from None
+
+
+def _check_grace(disk: Disk, name: str, request: SnapshotRequest) -> None:
+    """Raises ControlError where the clusters to be remembered would be too many."""
+    most = MOST_WINDOW * disk.settings.cluster_size
+    if request.grace is not None and request.grace > most:
+        raise ControlError(
+            400,
+            f"snapshot '{export_name(disk.name, name)}' was not made: a read-once grace of "
+            f"{format_size(request.grace)} is too much, give {format_size(most)} at most",
+        )
 
 
 def _check_space(disk: Disk, name: str) -> None:

@@ -12,9 +12,13 @@ from fleecing.block.copy_before_write import OnCbwError
 from fleecing.control.fields import Name, Size, TempLimit
 from fleecing.control.state import SnapshotMode
 from fleecing.pull.destination import Format
+from fleecing.units import MiB
 
 DEFAULT_CBW_TIMEOUT = 45.0
 """Seconds; below the 60 s after which guests' drivers reset the disk."""
+
+DEFAULT_READ_ONCE_GRACE = 32 * MiB
+"""Bytes; what QEMU has in flight at most, 16 requests of 2 MiB."""
 
 
 class SnapshotState(StrEnum):
@@ -62,8 +66,24 @@ class SnapshotRequest(_Model):
         default=None, description="the context is qemu:dirty-bitmap:BITMAP_NAME; none: the name of the checkpoint"
     )
 
+    read_once: bool = Field(default=False, description="trim what was read, for clients that send no TRIM")
+    read_once_grace: Size | None = Field(
+        default=None,
+        description="bytes that were read last and can be read again, or text as '64M'; null = "
+        f"{DEFAULT_READ_ONCE_GRACE}; goes with read_once",
+    )
+
+    @property
+    def grace(self) -> int | None:
+        """What `read_once_grace` comes to, None = reading trims nothing."""
+        if not self.read_once:
+            return None
+        return DEFAULT_READ_ONCE_GRACE if self.read_once_grace is None else self.read_once_grace
+
     @model_validator(mode="after")
     def _options_go_together(self) -> Self:
+        if self.read_once_grace is not None and not self.read_once:
+            raise ValueError("read_once_grace goes with read_once only: reading trims nothing otherwise")
         if self.since is not None and self.bitmap is not None:
             raise ValueError("since and bitmap do not go together: an incremental snapshot offers its bitmap anyway")
         if self.or_full and self.since is None:
@@ -164,6 +184,8 @@ class SnapshotInfo(_Model):
     since: str | None = Field(description="the checkpoint that an incremental one begins with")
     checkpoint: str | None = Field(description="the checkpoint that was made at the same instant")
     bitmap: str | None = Field(description="its export has the context qemu:dirty-bitmap:BITMAP")
+    read_once: bool = Field(description="what was read is trimmed")
+    read_once_grace: int | None = Field(description="bytes that were read last and can be read again")
     size: int
     cluster_size: int
     clusters: ClusterCounts

@@ -170,6 +170,8 @@ class Reporter:
             since=snapshot.record.since,
             checkpoint=snapshot.record.checkpoint,
             bitmap=snapshot.record.bitmap,
+            read_once=snapshot.record.read_once_grace is not None,
+            read_once_grace=snapshot.record.read_once_grace,
             size=node.size,
             cluster_size=node.cluster_size,
             clusters=ClusterCounts(**{STATE_NAMES[state]: count for state, count in counts.items()}),

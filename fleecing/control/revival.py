@@ -106,7 +106,8 @@ def snapshot_spec(disk: Disk, record: SnapshotRecord, temp_path: str) -> Snapsho
 def make_snapshot(disk: Disk, record: SnapshotRecord, node: SnapshotAccess, bits: bitarray | None) -> Snapshot:
     """`bits`: the dirty bitmap that the export offers, one bit a cluster."""
     bitmap = None if bits is None or record.bitmap is None else Bitmap(record.bitmap, bits, record.cluster_size)
-    export = snapshot_export(export_name(disk.name, record.name), _description(record), node, bitmap)
+    name = export_name(disk.name, record.name)
+    export = snapshot_export(name, _description(record), node, bitmap, read_once_grace=record.read_once_grace)
     node.watch_temp(_report_pressure)
     return Snapshot(disk, record, node, export)
 
@@ -126,7 +127,8 @@ def _report_pressure(node: SnapshotAccess) -> None:
 
 def _description(record: SnapshotRecord) -> str:
     kind = "snapshot" if record.since is None else f"changes since {record.since}, snapshot"
-    return f"{kind} of {record.disk}, {record.created:%Y-%m-%d %H:%M:%S} UTC"
+    once = "" if record.read_once_grace is None else ", to be read once"
+    return f"{kind} of {record.disk}, {record.created:%Y-%m-%d %H:%M:%S} UTC{once}"
 
 
 def _go_on(disk: Disk, record: SnapshotRecord, on_broken: OnBroken, *, power_lost: bool) -> Snapshot:

@@ -57,7 +57,8 @@ class SnapshotRecord(Kept):
     """snapshot.json: all that the next server needs besides temp and the bit files. Written last: then it exists.
 
     `bitmap`: the name of the dirty bitmap that the export offers, None = none. Its bits are those of the scope where
-    the snapshot is incremental.
+    the snapshot is incremental. `read_once_grace`: bytes, None = reading trims nothing. What was sent of a cluster is
+    known to one server only: the next one trims it when all of it was sent again.
     """
 
     disk: Name
@@ -75,6 +76,7 @@ class SnapshotRecord(Kept):
     since: str | None = None
     checkpoint: str | None = None
     bitmap: str | None = None
+    read_once_grace: int | None = None
 
 
 class CheckpointState(StrEnum):

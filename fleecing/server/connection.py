@@ -83,6 +83,7 @@ class Connection:
         self._on_close = on_close
         receipts = export.receipts(name for _, name in agreement.contexts)
         self._out = Outbox(sock) if receipts is None else TellingOutbox(sock, receipts.sent)
+        self._read_cached = export.node.read_cached if receipts is None else receipts.counting(export.node.read_cached)
         self._service = Service(agreement, export, self._out, budget, shares, receipts, limits or Limits())
         self._buffer = bytearray(RECEIVE_SIZE)
         self._view = memoryview(self._buffer)
@@ -233,7 +234,7 @@ class Connection:
         """The same; READs that would wait for the disk are put aside in `_cold`."""
         unpack, header_size, right_magic = self._header.unpack_from, self._header.size, self._magic
         buffer, out, service, mode, size = self._buffer, self._out, self._service, self._mode, self._size
-        read_cached = self.export.node.read_cached
+        read_cached = self._read_cached
         data_size = len(data_header(mode, 0, 0, 1))
         writes, longest_write, plain_write = self._writes, service.longest_write, self._plain_write
         debug = log.isEnabledFor(logging.DEBUG)

@@ -25,11 +25,13 @@ from fleecing.server.meta_context import (
     DIRTY_BITMAP,
     Context,
     beside_bitmap,
+    despite_trims,
     dirty_bitmap,
     everything_allocated,
     readable,
+    whole_clusters,
 )
-from fleecing.server.read_once import Receipts
+from fleecing.server.read_once import ReadOnce, Receipts
 from fleecing.units import MiB
 
 log = logging.getLogger(__name__)
@@ -76,7 +78,8 @@ class Export:
         beside_bitmap: Mapping[str, Context] | None = None,
         changes: CopyBeforeWrite | None = None,
         submit_trim: SubmitTrim | None = None,
-        read_once: SnapshotAccess | None = None,
+        snapshot: SnapshotAccess | None = None,
+        read_once: ReadOnce | None = None,
         retain: Callable[[], None] | None = None,
         release: Callable[[], None] | None = None,
     ) -> None:
@@ -86,7 +89,8 @@ class Export:
         self._beside_bitmap = beside_bitmap or {}
         self.changes = changes
         self.submit_trim = submit_trim  # where a trim has to wait for the disk
-        self._read_once = read_once  # what READ_ONCE trims
+        self._snapshot = snapshot  # what READ_ONCE trims
+        self._read_once = read_once  # what every READ trims in the end
         self._retain = retain
         self._release = release
 
@@ -107,7 +111,9 @@ class Export:
 
     def receipts(self, contexts: Iterable[str]) -> Receipts | None:
         """What a connection with these contexts has to keep of its READs; None = nothing, as nearly always."""
-        return Receipts(self._read_once) if self._read_once is not None and READ_ONCE in contexts else None
+        if self._snapshot is None or (self._read_once is None and READ_ONCE not in contexts):
+            return None
+        return Receipts(self._snapshot, self._read_once)
 
     def described(self, info: ExportInfo) -> Export:
         """The same under another description, which may allow less: contexts that it does not name, requests."""
@@ -135,8 +141,18 @@ def active_export(name: str, description: str, disk: CopyBeforeWrite, *, cluster
     return Export(_info(name, description, disk.size, _ACTIVE, cluster_size, contexts), disk, contexts, changes=disk)
 
 
-def snapshot_export(name: str, description: str, snapshot: SnapshotAccess, bitmap: Bitmap | None = None) -> Export:
-    """The export that a backup tool reads and trims; `bitmap` is the one dirty bitmap that it offers."""
+def snapshot_export(
+    name: str,
+    description: str,
+    snapshot: SnapshotAccess,
+    bitmap: Bitmap | None = None,
+    *,
+    read_once_grace: int | None = None,
+) -> Export:
+    """The export that a backup tool reads and trims; `bitmap` is the one dirty bitmap that it offers.
+
+    With `read_once_grace` reading trims, but for the bytes that were sent last, so many at least.
+    """
     contexts: dict[str, Context] = {
         BASE_ALLOCATION: snapshot.block_status,
         ALLOCATION_DEPTH: snapshot.allocation_depth,
@@ -150,6 +166,10 @@ def snapshot_export(name: str, description: str, snapshot: SnapshotAccess, bitma
         if snapshot.broken is not None:
             raise SnapshotBroken(snapshot.broken)
 
+    if read_once_grace is not None:
+        for context, otherwise in ((BASE_ALLOCATION, Allocation.DATA), (ALLOCATION_DEPTH, 2)):
+            contexts[context] = despite_trims(contexts[context], snapshot.clusters, otherwise)
+        contexts[BASE_ALLOCATION] = whole_clusters(contexts[BASE_ALLOCATION], cluster_size, snapshot.size)
     if bitmap is not None:
         contexts[DIRTY_BITMAP + bitmap.name] = dirty_bitmap(bitmap.bits, bitmap.granularity, check)
         if scope is not None:
@@ -161,7 +181,8 @@ def snapshot_export(name: str, description: str, snapshot: SnapshotAccess, bitma
         contexts,
         beside_bitmap=lenient,
         submit_trim=snapshot.submit_discard if snapshot.durable else None,
-        read_once=snapshot,
+        snapshot=snapshot,
+        read_once=None if read_once_grace is None else ReadOnce(snapshot, read_once_grace),
         retain=snapshot.retain,
         release=snapshot.release,
     )

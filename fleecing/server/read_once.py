@@ -1,45 +1,96 @@
-"""Clusters of a snapshot that are given up because they were read with READ_ONCE (docs/read-once.md).
+"""Clusters of a snapshot that are given up because they were read (docs/read-once.md).
 
-What a connection's thread has read lies in its outbox for a while. It is noted here, and trimmed when the outbox was
+    READ_ONCE            a request says that nobody will ask again: its clusters are trimmed when it was answered
+    a read-once export   every READ counts: a cluster of which all bytes were sent comes into the grace window, and is
+                         trimmed when that is too long
+
+What a connection's thread has read lies in its outbox for a while. It is noted here, and counts when the outbox was
 handed to the socket completely. So a READ that failed, also half-way, and one whose client vanished before that, gives
-nothing up. What the socket took may still be lost on its way: READ_ONCE is for clients that never ask twice.
+nothing up. What the socket took may still be lost on its way: READ_ONCE is for clients that never ask twice, and the
+window for those that do.
 
-Only connections that selected the context have receipts; all others do not pay for them.
+Connections that have none of the two have no receipts, and do not pay for them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 
 from fleecing.block.bitmap import clusters_within
 from fleecing.block.snapshot_access import SnapshotAccess
 from fleecing.errors import BlockError, SnapshotBroken
+from fleecing.server.sent_clusters import SentClusters
 
 log = logging.getLogger(__name__)
 
+ReadCached = Callable[[int, memoryview], bool]
+
+
+class ReadOnce:
+    """What all connections to a read-once export have sent of it. From any thread."""
+
+    def __init__(self, snapshot: SnapshotAccess, grace: int) -> None:
+        """`grace`: bytes, those that were sent last and can be read again."""
+        clusters = snapshot.clusters
+        self._sent = SentClusters(clusters.size, clusters.cluster_size, grace, clusters.access)
+        self._lock = threading.Lock()  # for _sent
+
+    def add(self, reads: Iterable[tuple[int, int]]) -> list[int]:
+        """Bytes [start, end) of each of these have left. Returns the clusters that are to be trimmed."""
+        with self._lock:
+            return self._sent.add(reads)
+
 
 class Receipts:
-    """What one connection has read with READ_ONCE and not yet sent. For its thread alone."""
+    """What one connection has read and not yet sent. For its thread alone."""
 
-    def __init__(self, snapshot: SnapshotAccess) -> None:
+    def __init__(self, snapshot: SnapshotAccess, read_once: ReadOnce | None) -> None:
+        """`read_once`, where the export is one, counts all READs; else those with READ_ONCE are noted only."""
         self._snapshot = snapshot
-        self._clusters: set[int] = set()
+        self._read_once = read_once
+        self._reads: list[tuple[int, int]] = []  # bytes [start, end) that count
+        self._clusters: set[int] = set()  # read with READ_ONCE
         self._complained = False
 
-    def note(self, offset: int, length: int) -> None:
-        """The reply of this READ, with all of its bytes, is in the outbox or has left."""
+    def counting(self, read_cached: ReadCached) -> ReadCached:
+        """The node's `read_cached` as the connection's hot path is to call it."""
+        if self._read_once is None:
+            return read_cached
+        count = self._reads.append
+
+        def read_and_count(offset: int, buffer: memoryview) -> bool:
+            if not read_cached(offset, buffer):
+                return False
+            count((offset, offset + len(buffer)))
+            return True
+
+        return read_and_count
+
+    def note(self, offset: int, length: int, *, once: bool = False) -> None:
+        """The reply of this READ, with all of its bytes, is in the outbox or has left. `once`: it had READ_ONCE."""
         snapshot = self._snapshot
-        self._clusters.update(range(*clusters_within(offset, length, snapshot.cluster_size, snapshot.size)))
+        if once:
+            self._clusters.update(range(*clusters_within(offset, length, snapshot.cluster_size, snapshot.size)))
+        if self._read_once is not None:
+            self._reads.append((offset, offset + length))
 
     def sent(self) -> None:
-        """All that was noted has left: trim it. An error can be told to the log only, once."""
-        if not self._clusters:
-            return
-        runs = cluster_runs(self._clusters)
-        self._clusters.clear()
+        """All that was noted has left: trim what may go."""
+        if self._clusters:
+            self._trim(self._clusters)
+            self._clusters.clear()
+        if self._reads and self._read_once is not None:
+            leaving = self._read_once.add(self._reads)
+            self._reads.clear()
+            if leaving:
+                self._trim(leaving)
+
+    def _trim(self, clusters: Iterable[int]) -> None:
+        """An error can be told to the log only, once."""
         try:
-            self._snapshot.discard_clusters(runs)
+            self._snapshot.discard_clusters(cluster_runs(clusters))
         except SnapshotBroken:
             pass  # every further request says so
         except (OSError, BlockError) as e:

@@ -62,7 +62,7 @@ class Service:
         receipts: Receipts | None,
         limits: Limits,
     ) -> None:
-        """`receipts`: what is sent once and trimmed then, where the client asked for that."""
+        """`receipts`: what is sent once and trimmed then, where the client or the export wants that."""
         self.requests = 0
         self.bytes_read = 0
         self.bytes_written = 0
@@ -277,8 +277,8 @@ class Service:
         elif not self._read_pieces(cookie, offset, length):
             return
         self.bytes_read += length
-        if flags & _READ_ONCE and self._receipts is not None:
-            self._receipts.note(offset, length)
+        if self._receipts is not None:
+            self._receipts.note(offset, length, once=bool(flags & _READ_ONCE))
 
     def announce(self, offset: int, length: int) -> None:
         """A READ that is served soon. Whatever is wrong with it is told when it is."""
@@ -292,6 +292,8 @@ class Service:
         try:
             self._read_piece(data_header(self._mode, cookie, offset, length), offset, length)
             self.bytes_read += length
+            if self._receipts is not None:
+                self._receipts.note(offset, length)
         except Exception as e:
             self.refuse(cookie, offset, answer_to(e, f"READ of {length} bytes at {offset}"))
         if self._out.used >= GATHER:

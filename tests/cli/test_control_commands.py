@@ -73,6 +73,18 @@ def test_create_takes_its_options_to_the_server(server: Server) -> None:
     assert listed(server, "snapshot show vda@s --json") == made
 
 
+def test_a_read_once_snapshot_says_what_it_is(server: Server) -> None:
+    uri = done(server, "snapshot create vda --name s --read-once --read-once-grace 64K").strip()
+    done(server, "snapshot create vda --name t --read-once")
+    assert [s["read_once_grace"] for s in listed(server, "snapshot list --json")] == [64 * KiB, 32 * MiB]
+    lines = done(server, "snapshot list").splitlines()
+    assert all(line.endswith("  ready, read once") for line in lines[1:])
+    assert re.search(r"^read once +yes, grace 64 KiB$", done(server, "snapshot show vda@s"), re.MULTILINE)
+    assert "UTC, to be read once" in run("nbdinfo", "--list", server.uri(""))
+    run("nbdcopy", uri, "null:")
+    assert listed(server, "snapshot show vda@s --json")["clusters"]["trimmed"] == MiB // (64 * KiB) - 1
+
+
 def test_create_makes_a_name_of_the_time(server: Server) -> None:
     uris = [done(server, "snapshot create vda").strip() for _ in range(2)]
     assert all(re.fullmatch(r"vda@\d{8}-\d{6}(-\d+)?", NbdUri.parse(uri).export) for uri in uris)

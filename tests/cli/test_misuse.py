@@ -35,6 +35,8 @@ def fleecing(*words: str) -> Result:
         ("snapshot create a --cbw-timeout -1", "-1"),
         ("snapshot create a --cbw-timeout nan", "nan"),
         ("snapshot create a --on-cbw-error panic", "panic"),
+        ("snapshot create a --read-once --read-once-grace lots", "'lots' is no size"),
+        ("snapshot create a --read-once-grace 1M", "--read-once-grace goes with --read-once only"),
         ("snapshot show a", "'a' names no snapshot"),
         ("snapshot delete", "Missing argument"),
         ("snapshot delete a@b c", "'c' names no snapshot"),

@@ -136,6 +136,42 @@ def scripted(
     return served(folder, serve)
 
 
+@contextmanager
+def cutting(folder: Path, uri: NbdUri, budgets: list[int]) -> Iterator[NbdUri]:
+    """A relay in front of a Unix socket: each connection is cut after so many bytes from the server; then no more."""
+    lock = threading.Lock()
+    inner = uri.socket
+    assert inner is not None
+
+    def relay(client: socket.socket) -> None:
+        with lock:
+            budget = budgets.pop(0) if budgets else 1 << 62
+        with socket.socket(socket.AF_UNIX) as server:
+            server.connect(inner)
+            up = threading.Thread(target=pump, args=(client, server, 1 << 62))
+            up.start()
+            pump(server, client, budget)
+            for sock in (client, server):
+                try:
+                    sock.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass  # the other side was first
+            up.join()
+
+    with served(folder, relay) as outer:
+        yield NbdUri(socket=outer.socket, export=uri.export)
+
+
+def pump(source: socket.socket, sink: socket.socket, budget: int) -> None:
+    try:
+        while budget and (data := source.recv(min(65536, budget))):
+            sink.sendall(data)
+            budget -= len(data)
+        sink.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass  # either side hung up, which is what this is for
+
+
 def take(sock: socket.socket, count: int) -> bytes:
     """Exactly so many bytes from the client."""
     data = b""

@@ -140,6 +140,9 @@ def test_metrics_are_text_for_prometheus(server: Server) -> None:
         ('{"disks": ["vda"], "or_full": true}', 400, "or_full goes with since only"),
         ('{"disks": ["vda"], "bitmap_name": "x"}', 400, "bitmap_name goes with since or bitmap only"),
         ('{"disks": ["vda"], "checkpoint": "../x"}', 400, "checkpoint: '../x' is no name"),
+        ('{"disks": ["vda"], "read_once_grace": "1M"}', 400, "read_once_grace goes with read_once only"),
+        ('{"disks": ["vda"], "read_once": true, "read_once_grace": -1}', 400, "read_once_grace: "),
+        ('{"disks": ["vda"], "read_once": true, "read_once_grace": "5G"}', 400, "give 4 GiB at most"),
     ],
 )
 def test_a_request_that_cannot_be_met_is_answered_with_a_sentence(

@@ -377,3 +377,33 @@ def test_a_client_that_comes_back_goes_on_reading(serve: Serve, image: Path, tmp
     server.start()
     run("nbdcopy", uri, str(tmp_path / "after"))
     assert (tmp_path / "before").read_bytes() == (tmp_path / "after").read_bytes() == OLD
+
+
+@ENDS
+def test_a_read_once_snapshot_forgets_only_what_was_sent(
+    serve: Serve, image: Path, end: Callable[[Server], None]
+) -> None:
+    """The next server trims nothing that it has not sent itself, and no byte is trimmed that was not sent at all."""
+    server = serve(image)
+    server.snapshot(name="s", read_once=True, read_once_grace=2 * CLUSTER)
+    with RawClient(server.unix, "vda@s") as client:
+        for n in range(4):
+            assert client.read(n * CLUSTER, CLUSTER) == OLD[n * CLUSTER : (n + 1) * CLUSTER]
+        assert client.read(4 * CLUSTER, CLUSTER - 1) == OLD[4 * CLUSTER : 5 * CLUSTER - 1]
+        assert client.request(READ, 0, CLUSTER, 1).text == f"cluster at offset {CLUSTER}: trimmed"
+    assert json.loads(record(server).read_text())["read_once_grace"] == 2 * CLUSTER
+    end(server)
+    server.start()
+    shown = server.show("vda@s")
+    assert (shown["read_once"], shown["read_once_grace"]) == (True, 2 * CLUSTER)
+    write(server, "0 4M")
+    with RawClient(server.unix, "vda@s") as client:
+        assert client.read(5 * CLUSTER - 1, 1) == OLD[5 * CLUSTER - 1 : 5 * CLUSTER]
+        for n in (5, 6, 7):
+            assert client.read(n * CLUSTER, CLUSTER) == OLD[n * CLUSTER : (n + 1) * CLUSTER]
+        assert client.request(READ, 0, 5 * CLUSTER, 1).text == f"cluster at offset {5 * CLUSTER}: trimmed"
+        for n in (2, 3, 4):  # in the window, and partly sent, when the first server ended
+            assert client.read(n * CLUSTER, CLUSTER) == OLD[n * CLUSTER : (n + 1) * CLUSTER]
+    assert server.map("vda@s") == [
+        (0, 3 * CLUSTER, "trimmed"), (3 * CLUSTER, 2 * CLUSTER, "copied"), (5 * CLUSTER, 3 * CLUSTER, "trimmed"),
+        (8 * CLUSTER, SIZE - 8 * CLUSTER, "copied")]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -32,9 +33,15 @@ class TcpServer:
         assert (program, host, rest) == ("nbd-client", "127.0.0.1", ["/dev/nbd0", "-name", "vda"])
         return shlex.join([program, HOST, port, device, "-name", export, *options])
 
-    def snapshot(self) -> NbdUri:
+    def snapshot(self, *options: str) -> NbdUri:
         """Take a snapshot by the line that the server printed for that."""
-        return NbdUri.parse(run(*self._printed("snapshot")).strip())
+        return NbdUri.parse(run(*self._printed("snapshot"), *options).strip())
+
+    def trimmed(self, export: str) -> int:
+        """Bytes of a snapshot that are trimmed."""
+        program, _, _, _, *control = self._printed("snapshot")
+        shown = json.loads(run(program, "snapshot", "show", export, "--json", *control))
+        return int(shown["clusters"]["trimmed"] * shown["cluster_size"])
 
     def _printed(self, what: str) -> list[str]:
         return shlex.split(self.child.wait_for_line(f"^  {what} +(.*)").group(1))
@@ -92,3 +99,21 @@ def test_a_snapshot_is_mounted_beside_the_busy_disk(children: Children, tmp_path
     assert server.child.stop() == 0
     assert {name: checksum for checksum, name in map(str.split, lines)} == made
     assert_files(image, tmp_path / "files", changed, rounds)
+
+
+def test_dd_reads_a_read_once_snapshot_while_the_disk_changes(children: Children, tmp_path: Path) -> None:
+    """Through the page cache, with its read-ahead, over two connections; the kernel looks for partitions first."""
+    image = tmp_path / "disk.raw"
+    old = make_image(image, 24 * MIB + 512)
+    server = TcpServer(children, image, tmp_path)
+    with Guest(tmp_path, cpus=2) as guest:
+        guest.check(server.nbd_client("vda", "/dev/nbd0", "-C", "2"))
+        snapshot = server.snapshot("--read-once", "--read-once-grace", "4M")
+        guest.check(server.nbd_client(snapshot.export, "/dev/nbd1", "-C", "2"))
+        guest.check("(yes new | dd of=/dev/nbd0 bs=64k count=384 conv=fsync; touch /tmp/over) >/dev/null 2>&1 &")
+        sums = guest.check("head -c 100000 /dev/nbd1 >/dev/null; dd if=/dev/nbd1 bs=1M 2>/dev/null | sha256sum")
+        guest.check("nbd-client -d /dev/nbd1; while [ ! -e /tmp/over ]; do sleep 1; done; nbd-client -d /dev/nbd0")
+        assert guest.console == ""
+    assert sums.split()[0] == hashlib.sha256(old).hexdigest()
+    assert server.trimmed(snapshot.export) >= 19 * MIB
+    assert server.child.stop() == 0

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import random
-import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +18,7 @@ from fleecing.pull.qcow2_codec import Compression
 from fleecing.pull.qcow2_target import Qcow2Options, Qcow2Target
 from fleecing.pull.target import RawTarget
 from fleecing.units import KiB, MiB
-from tests.client.servers import activated, nbdkit, served
+from tests.client.servers import activated, cutting, nbdkit
 from tests.images import make_sparse
 from tests.peers import Child, listen_unix, run
 from tests.serving import Serve
@@ -36,42 +33,6 @@ def image(tmp_path: Path) -> Path:
     chance = random.Random(4)
     make_sparse(path, SIZE, {0: chance.randbytes(9 * MiB), 15 * MiB: chance.randbytes(6 * MiB), SIZE - 9: b"e" * 9})
     return path
-
-
-@contextmanager
-def cutting(folder: Path, uri: NbdUri, budgets: list[int]) -> Iterator[NbdUri]:
-    """A relay in front of a Unix socket: each connection is cut after so many bytes from the server; then no more."""
-    lock = threading.Lock()
-    inner = uri.socket
-    assert inner is not None
-
-    def relay(client: socket.socket) -> None:
-        with lock:
-            budget = budgets.pop(0) if budgets else 1 << 62
-        with socket.socket(socket.AF_UNIX) as server:
-            server.connect(inner)
-            up = threading.Thread(target=pump, args=(client, server, 1 << 62))
-            up.start()
-            pump(server, client, budget)
-            for sock in (client, server):
-                try:
-                    sock.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass  # the other side was first
-            up.join()
-
-    with served(folder, relay) as outer:
-        yield NbdUri(socket=outer.socket, export=uri.export)
-
-
-def pump(source: socket.socket, sink: socket.socket, budget: int) -> None:
-    try:
-        while budget and (data := source.recv(min(65536, budget))):
-            sink.sendall(data)
-            budget -= len(data)
-        sink.shutdown(socket.SHUT_WR)
-    except OSError:
-        pass  # either side hung up, which is what this is for
 
 
 def pull_raw(path: Path, uri: NbdUri, options: PullOptions = COMES_BACK) -> PullReport:
