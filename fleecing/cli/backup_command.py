@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import click
@@ -53,7 +56,8 @@ def backup(
     """Back up DISKs, all at one instant, into DIR/DISK: what changed since the last time, else everything.
 
     The snapshot, its checkpoint and unfinished files are gone when it fails; what a killed run leaves is put in order
-    by the next one. A checkpoint is given up only when the backup that follows it was read again and is right.
+    by the next one. A checkpoint is given up only when the backup that follows it was read again and is right. Where
+    another command works on DIR, its end is waited for.
 
     Exit code 0: done. 1: failed, and nothing was changed. 3: done, but in full, because what changed was not known;
     the reason is told.
@@ -69,7 +73,7 @@ def backup(
         snapshot={} if temp_limit is None else {"temp_limit": temp_limit},
     )
     display = choose(lambda: None)
-    with display:
+    with _undone_at_sigterm(), display:
         results = Backup(ControlClient(control), folder, disks, options, lambda text: click.echo(text, err=True)).run(
             lambda disk, progress: display(progress)
         )
@@ -80,6 +84,16 @@ def backup(
             click.echo(_line(result))
     if not full and any(result.reason is not None for result in results):
         raise SystemExit(FELL_BACK)
+
+
+@contextmanager
+def _undone_at_sigterm() -> Iterator[None]:
+    """SIGTERM, as of `systemctl stop`, is Ctrl-C: the snapshot is not left to grow until the next run."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _line(result: BackupResult) -> str:

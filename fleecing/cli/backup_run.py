@@ -1,6 +1,6 @@
 """One run of `fleecing backup`: snapshot with checkpoint, pull, verify, delete; undone as a whole when it fails.
 
-    DIR/backup.json    what is under way: written before the snapshot is asked for, removed when nothing is left to do
+    DIR/.backup.json   what is under way: written before the snapshot is asked for, removed when nothing is left to do
     DIR/DISK/          the backups of each disk
 
     making   snapshot and checkpoint may be there, points may be there: all of it is taken back by the next run
@@ -22,6 +22,8 @@ from typing import Any, Final
 
 from fleecing.cli.chain_pull import SnapshotFacts, add_point, pull_point
 from fleecing.cli.control_client import ControlClient
+from fleecing.cli.output import sentence
+from fleecing.control.names import check_name
 from fleecing.errors import ControlError, FleecingError, ImageError
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.chain import Chain, locked, new_chain
@@ -32,7 +34,8 @@ from fleecing.pull.manifest import write_whole
 from fleecing.pull.prune import prune
 from fleecing.pull.qcow2_codec import Compression
 
-RECORD: Final = "backup.json"
+RECORD: Final = ".backup.json"
+"""No disk's folder begins with a dot."""
 
 Say = Callable[[str], None]
 
@@ -78,10 +81,13 @@ class _Record:
     def load(cls, folder: Path) -> _Record | None:
         try:
             content = json.loads((folder / RECORD).read_bytes())
-            return cls(**content)
+            record = cls(**content)
+            for name in (record.name, *record.disks, *record.old, *record.old.values()):
+                check_name(name)
+            return record
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError) as e:
+        except (ValueError, TypeError, AttributeError) as e:
             raise ImageError(str(folder / RECORD), -1, f"is no record of a backup: {e}") from None
 
 
@@ -102,19 +108,19 @@ class Backup:
         """Back up; `progress` is told the disk that is being pulled, and how far it is."""
         self._folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            stack.enter_context(locked(self._folder))
+            stack.enter_context(locked(self._folder, say=self._say))
             earlier = _Record.load(self._folder)
             if earlier is not None:
                 self._say(
                     f"The backup {earlier.name} was cut off: {'finishing' if earlier.safe else 'undoing'} it first"
                 )
             for disk in dict.fromkeys([*self._disks, *(earlier.disks if earlier is not None else [])]):
-                self._chains[disk] = stack.enter_context(new_chain(str(self._folder / disk)))
+                self._chains[disk] = stack.enter_context(new_chain(str(self._folder / disk), self._say))
             if earlier is not None:
                 self._end(earlier)
             record, since, reason = self._plan()
-            record.save(self._folder)
             try:
+                record.save(self._folder)
                 results = self._make(record, since, reason, progress)
             except BaseException:
                 self._try_to_end(record)
@@ -177,7 +183,7 @@ class Backup:
         try:
             self._end(record)
         except (FleecingError, OSError) as e:
-            self._say(f"Not all could be undone, the next backup will do that: {e}")
+            self._say(f"Not all could be undone, the next backup will do that: {sentence(e)}")
 
     def _end(self, record: _Record) -> None:
         for disk in record.disks:
@@ -188,7 +194,7 @@ class Backup:
                 self._delete("checkpoints", disk, record.name)
             elif disk in record.old:
                 self._delete("checkpoints", disk, record.old[disk])
-        (self._folder / RECORD).unlink()
+        (self._folder / RECORD).unlink(missing_ok=True)
 
     def _delete(self, kind: str, disk: str, name: str) -> None:
         """Gone already is as good; so is a disk that the server does not have any more."""

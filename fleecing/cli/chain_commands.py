@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from fleecing.cli.output import local_time, print_json, table
+from fleecing.cli.output import local_time, print_json, sentence, table
 from fleecing.errors import FleecingError
-from fleecing.pull.chain import Chain, chains_in, open_chain
+from fleecing.pull.chain import Chain, chains_in, open_chain, orphans_in
 from fleecing.pull.chain_read import ProgressCall
 from fleecing.pull.chain_read import restore as restore_chain
 from fleecing.pull.chain_read import verify as verify_point
@@ -58,7 +58,7 @@ def points(*, folder: str, as_json: bool) -> None:
             point["kind"],
             format_size(point["size"]),
             format_size(point["data"]),
-            format_size(point["file_bytes"]),
+            "missing" if point["file_bytes"] is None else format_size(point["file_bytes"]),
             point["path"],
         )
         for point in found
@@ -77,7 +77,7 @@ def _facts(chain: Chain, index: int) -> dict[str, Any]:
         "kind": "full" if point.backing is None else "incremental",
         "size": point.size,
         "data": point.data,
-        "file_bytes": path.stat().st_size,
+        "file_bytes": path.stat().st_size if path.exists() else None,
         "path": str(path),
     }
 
@@ -92,16 +92,31 @@ def verify(*, folder: str, as_json: bool) -> None:
     """
     results: list[dict[str, Any]] = []
     for name in chains_in(folder):
-        with open_chain(name) as chain:
-            results += [_verified(chain, index) for index in range(len(chain.points))]
+        results += _verify(name)
+    results += [_result(name, "has backups, but no manifest.json to say what they are") for name in orphans_in(folder)]
     if as_json:
         print_json(results)
     else:
         for result in results:
             click.echo(f"{result['path']}: {result['problem'] or 'ok'}")
     bad = sum(result["problem"] is not None for result in results)
+    if not results:
+        raise click.ClickException(f"{folder} holds no backup yet")
     if bad:
         raise click.ClickException(f"{bad} of {len(results)} points are damaged; those that stand on them are, too")
+
+
+def _verify(name: str) -> list[dict[str, Any]]:
+    try:
+        with open_chain(name) as chain:
+            return [_verified(chain, index) for index in range(len(chain.points))]
+    except (FleecingError, OSError) as e:
+        return [_result(name, sentence(e))]
+
+
+def _result(path: str, problem: str) -> dict[str, Any]:
+    """What is said of a folder as a whole."""
+    return {"name": None, "path": path, "data": None, "problem": problem}
 
 
 def _verified(chain: Chain, index: int) -> dict[str, Any]:
@@ -111,7 +126,7 @@ def _verified(chain: Chain, index: int) -> dict[str, Any]:
         with progress_bar(point.name, point.size) as progress:
             verify_point(chain, index, progress)
     except (FleecingError, OSError) as e:
-        problem = str(e)
+        problem = sentence(e)
     return {"name": point.name, "path": str(chain.path(point.file)), "data": point.data, "problem": problem}
 
 

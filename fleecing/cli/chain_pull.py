@@ -61,10 +61,10 @@ def pull_point(
 
     The chain does not know it until `add_point`. Raises what `pull` raises; what was pulled stays for `resume`.
     """
-    chain.sweep(keep=facts.name)
     destination = chain.destination(facts.name, since=facts.since, compression=compression, resume=resume)
     if destination.is_finished:
         return None
+    chain.begin(facts.name)
     journal = destination.prepare()
     assert journal is not None, "a new file always has one"
     bitmap = "" if facts.since is None else facts.bitmap

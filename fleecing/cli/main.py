@@ -8,6 +8,7 @@ import click
 
 import fleecing
 from fleecing.cli.on_demand import load
+from fleecing.cli.output import sentence
 from fleecing.errors import FleecingError
 
 _COMMANDS: Final = {
@@ -52,7 +53,7 @@ class _Commands(click.Group):
         except FleecingError as e:
             raise click.ClickException(str(e)) from e
         except OSError as e:
-            raise click.ClickException(f"{e.filename}: {e.strerror}" if e.filename else str(e)) from e
+            raise click.ClickException(sentence(e)) from e
 
 
 @click.group(

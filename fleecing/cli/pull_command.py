@@ -12,6 +12,7 @@ import click
 from fleecing.cli import pull_display
 from fleecing.cli.chain_pull import SnapshotFacts, add_point, pull_point
 from fleecing.cli.control_client import ControlClient, snapshot_path
+from fleecing.cli.output import sentence
 from fleecing.cli.params import Checked, control_option
 from fleecing.cli.pull_display import JsonLines
 from fleecing.control.names import split_export
@@ -126,7 +127,7 @@ def _tell(lines: JsonLines | None, target: str, run: Callable[[], PullReport | N
         report = run()
     except (FleecingError, OSError) as e:
         if lines is not None:
-            lines.event("failed", error=str(e))
+            lines.event("failed", error=sentence(e))
         raise
     if lines is not None:
         lines.event("done", target=target, **(dataclasses.asdict(report) if report else {}))

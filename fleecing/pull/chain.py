@@ -1,14 +1,15 @@
 """A folder of backups that is worked on: locked, brought to rest after a crash, and given new points.
 
-A point is added in this order: its qcow2 file under its name, its list of chunks, the manifest. Until the manifest
-names it, it is nothing, and the next command that writes removes what is left of it, unless it resumes that very pull.
+A point is added in this order: the manifest says that it is being made, its qcow2 file, its list of chunks, the
+manifest with the point. Before that it is nothing, and the next point takes its place, unless it resumes that very
+pull.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +18,16 @@ from typing import Final
 from fleecing.errors import ImageError
 from fleecing.pull.destination import JOURNAL, Destination, Format
 from fleecing.pull.journal import Journal
-from fleecing.pull.manifest import ZERO, Chunk, Manifest, Point, write_chunks
+from fleecing.pull.manifest import MANIFEST, ZERO, Chunk, Manifest, Point, write_chunks
 from fleecing.pull.qcow2_codec import Compression
 from fleecing.pull.qcow2_reader import Qcow2File
 from fleecing.pull.target import PART
 
-LOCK: Final = "lock"
+LOCK: Final = ".lock"
 MERGE: Final = ".merge-"
-"""Begins the name of a full image that is being made of a point and those before it."""
+"""Begins the name of a full image that is being made of a point and those before it. No point's name begins so."""
+MERGED: Final = "+full.chunks"
+"""Ends the name of its list of chunks. No point's name has a plus."""
 
 
 class Chain:
@@ -63,13 +66,31 @@ class Chain:
         start = index
         while self.points[start].backing is not None:
             start -= 1
-            if start < 0 or self.points[start].file != self.points[start + 1].backing:
+            upper = self.points[start + 1]
+            if start < 0 or (self.points[start].file, self.points[start].size) != (upper.backing, upper.size):
                 raise ImageError(
                     str(self.folder), -1, f"lacks what '{self.points[index].name}' stands on: its manifest is damaged"
                 )
         return self.points[start : index + 1]
 
     # New points
+
+    def begin(self, name: str) -> None:
+        """The point `name` is being made from now on, or still; what else was being made is given up.
+
+        Raises ImageError where something of a stranger's is in the way.
+        """
+        making = self.manifest.making
+        if making is not None and (making != name or not self.is_begun(name)):
+            self.manifest.making = None
+            self._throw_away(*_files_of(making))
+        self.sweep()
+        if self.manifest.making is None:
+            for file in _files_of(name):
+                if os.path.lexists(self.path(file)):
+                    raise ImageError(str(self.path(file)), -1, "is in the way, and no backup: remove it")
+            self.manifest.making = name
+            self.manifest.save(self.folder)
 
     def destination(self, name: str, *, since: str | None, compression: Compression, resume: bool) -> Destination:
         """Where the next point goes. Raises ImageError where it does not fit behind the last one."""
@@ -126,6 +147,8 @@ class Chain:
             snapshot=snapshot,
         )
         self.manifest.points.append(point)
+        self.manifest.making = None
+        self._throw_away(file + JOURNAL)
         self.manifest.save(self.folder)
         journal.remove()
         return point
@@ -143,24 +166,38 @@ class Chain:
 
     def drop_last(self, name: str) -> None:
         """Take the last point back, if that is its name, and whatever was being made under it."""
+        if self.manifest.making == name:
+            self.manifest.making = None
+            self._throw_away(*_files_of(name))
         if self.last is not None and self.last.name == name:
-            self.manifest.points.pop()
+            self.drop(self.manifest.points.pop())
             self.manifest.save(self.folder)
         self.sweep()
 
     # Rest
 
-    def sweep(self, *, keep: str | None = None) -> None:
-        """Remove what no point needs; `keep` is the name of a point that is being made."""
+    def drop(self, *points: Point) -> None:
+        """Their files are needed no more, unless other points do. For whoever saves the manifest without them."""
+        for point in points:
+            self._throw_away(point.file, point.chunks)
+
+    def _throw_away(self, *names: str) -> None:
+        self.manifest.litter = list(dict.fromkeys([*self.manifest.litter, *names]))
+
+    def sweep(self) -> None:
+        """Remove what nobody needs."""
+        if not self.manifest.litter:
+            return
         needed = {name for point in self.points for name in (point.file, point.chunks)}
         if self.manifest.merging is not None:
             needed.add(self.manifest.merging.chunks)
-        for path in self.folder.iterdir():
-            name = path.name
-            ours = name.endswith((".qcow2", ".chunks", PART, JOURNAL))
-            if not ours or name in needed or (keep is not None and name.startswith(f"{keep}.qcow2")):
-                continue
-            path.unlink()
+        if self.manifest.making is not None:
+            needed.update(_files_of(self.manifest.making))
+        for name in self.manifest.litter:
+            if name not in needed:
+                self.path(name).unlink(missing_ok=True)
+        self.manifest.litter = []
+        self.manifest.save(self.folder)
 
     def settle(self) -> None:
         """A merge that was under way when the process ended is finished, or taken back."""
@@ -168,8 +205,17 @@ class Chain:
             if self.is_merged(self.manifest.merging):
                 self.finish_merge()
             else:
+                self._throw_away(self.manifest.merging.chunks)
                 self.manifest.merging = None
                 self.manifest.save(self.folder)
+
+    def begin_merge(self, point: Point) -> tuple[str, str]:
+        """The names of the full image that is to be made of it, and of that one's list of chunks."""
+        file, chunks = f"{MERGE}{point.name}.qcow2", f"{point.name}{MERGED}"
+        self.sweep()
+        self._throw_away(file, file + PART, chunks, chunks + PART)
+        self.manifest.save(self.folder)
+        return file, chunks
 
     def is_merged(self, point: Point) -> bool:
         """Whether its file is the full image already."""
@@ -182,6 +228,7 @@ class Chain:
         merged = self.manifest.merging
         assert merged is not None
         index = self.find(merged.name)
+        self.drop(*self.points[: index + 1])
         self.manifest.points[: index + 1] = [merged]
         self.manifest.merging = None
         self.manifest.save(self.folder)
@@ -193,15 +240,21 @@ def merged_point(point: Point, *, chunks: str, sha256: str, data: int) -> Point:
 
 
 @contextmanager
-def new_chain(folder: str) -> Iterator[Chain]:
-    """The folder to write to, made where there is none. Raises OSError, and ImageError where others work on it."""
+def new_chain(folder: str, say: Callable[[str], None] | None = None) -> Iterator[Chain]:
+    """The folder to write to, made where there is none; `say` as for `locked`.
+
+    Raises OSError, and ImageError where others work on it, or it is not empty and no manifest says what is in it.
+    """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    manifest = Manifest.load(path)
-    if manifest is None and any(entry.name != LOCK and not _is_ours(entry.name) for entry in path.iterdir()):
-        raise ImageError(folder, -1, "is not empty and holds no backups: name another folder")
-    with locked(path, fcntl.LOCK_EX):
-        chain = Chain(path, Manifest.load(path) or Manifest())
+    with locked(path, fcntl.LOCK_EX, say):
+        manifest = Manifest.load(path)
+        if manifest is None:
+            if any(entry.name not in (LOCK, MANIFEST + PART) for entry in path.iterdir()):
+                problem = "is not empty and holds no backups: there is no manifest.json in it; name another folder"
+                raise ImageError(folder, -1, problem)
+            manifest = Manifest()
+        chain = Chain(path, manifest)
         chain.settle()
         yield chain
 
@@ -225,21 +278,29 @@ def open_chain(folder: str, *, writing: bool = False) -> Iterator[Chain]:
 def chains_in(folder: str) -> list[str]:
     """The folder itself where it holds backups, or those of its folders that do. Raises ImageError for none."""
     path = Path(folder)
-    if (path / "manifest.json").exists():
+    if (path / MANIFEST).is_file():
         return [folder]
-    found = sorted(str(manifest.parent) for manifest in path.glob("*/manifest.json"))
+    found = sorted(str(manifest.parent) for manifest in path.glob(f"*/{MANIFEST}") if manifest.is_file())
     if not found:
         raise ImageError(folder, -1, "holds no backups: there is no manifest.json in it, nor in a folder of it")
     return found
 
 
-def _is_ours(name: str) -> bool:
-    return name.endswith((PART, JOURNAL, ".chunks", ".qcow2"))
+def orphans_in(folder: str) -> list[str]:
+    """Folders in it that had backups, as their lists of chunks say, and have no manifest any more."""
+    found = {chunks.parent for chunks in Path(folder).glob("*/*.chunks")}
+    return sorted(str(path) for path in found if not (path / MANIFEST).is_file())
+
+
+def _files_of(name: str) -> list[str]:
+    """All that a point may leave, whenever it is given up."""
+    file, chunks = f"{name}.qcow2", f"{name}.chunks"
+    return [file, file + PART, file + JOURNAL, chunks, chunks + PART]
 
 
 @contextmanager
-def locked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Work on the folder; ImageError where others do."""
+def locked(folder: Path, how: int = fcntl.LOCK_EX, say: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Work on the folder. Where others do: ImageError, or with `say` a sentence, and their end is waited for."""
     try:
         fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError:
@@ -251,7 +312,10 @@ def locked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
         try:
             fcntl.flock(fd, how | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ImageError(str(folder), -1, "is being worked on by another command: wait for its end") from None
+            if say is None:
+                raise ImageError(str(folder), -1, "is being worked on by another command: wait for its end") from None
+            say(f"{folder} is being worked on by another command: waiting for its end")
+            fcntl.flock(fd, how)
         yield
     finally:
         os.close(fd)

@@ -42,8 +42,8 @@ class _Layer:
 
     def __init__(self, chain: Chain, point: Point) -> None:
         self.path = str(chain.path(point.file))
-        self.file = Qcow2File.open(self.path)
-        self._chunks = read_chunks(chain.path(point.chunks), point.chunks_sha256)
+        self.file = open_file(chain, point)
+        self._chunks = read_chunks(chain.path(point.chunks), point.chunks_sha256, point.size)
         self._current: list[Chunk] = []
         self._ahead = next(self._chunks, None)
         self._held: tuple[Chunk, bytes] | None = None
@@ -63,6 +63,15 @@ class _Layer:
         return self._held[1]
 
 
+def open_file(chain: Chain, point: Point) -> Qcow2File:
+    """The point's own file. Raises OSError, and ImageError for one that is not of such a disk."""
+    file = Qcow2File.open(str(chain.path(point.file)))
+    if file.header.size != align_up(point.size, 512):
+        file.close()
+        raise ImageError(file.path, 24, f"has {file.header.size} bytes, the manifest says {point.size}")
+    return file
+
+
 def read_checked(file: Qcow2File, chunk: Chunk) -> bytes:
     """The bytes of a chunk of data. Raises ImageError where they are not what was backed up."""
     data = file.read(chunk.offset, chunk.length)
@@ -76,9 +85,10 @@ def contents(chain: Chain, index: int) -> Iterator[Part]:
     layers = chain.layers(index)
     size = chain.points[index].size
     with ExitStack() as stack:
-        opened = [_Layer(chain, point) for point in layers]
-        for layer in opened:
-            stack.callback(layer.file.close)
+        opened = []
+        for point in layers:
+            opened.append(_Layer(chain, point))
+            stack.callback(opened[-1].file.close)
         for start in range(0, size, WINDOW):
             yield from _window(opened, start, min(start + WINDOW, size))
 
@@ -133,16 +143,14 @@ def verify(chain: Chain, index: int, progress: ProgressCall) -> None:
     """Read all that the point's own file has. Raises ImageError for the first damage, and OSError."""
     point = chain.points[index]
     chain.layers(index)
-    file = Qcow2File.open(str(chain.path(point.file)))
+    file = open_file(chain, point)
     try:
         header = file.header
-        if header.size != align_up(point.size, 512):
-            raise ImageError(file.path, 24, f"has {header.size} bytes, the manifest says {point.size}")
         if header.backing != (point.backing or ""):
             raise ImageError(
                 file.path, 8, f"has the backing file '{header.backing}', the manifest says '{point.backing}'"
             )
-        for chunk in read_chunks(chain.path(point.chunks), point.chunks_sha256):
+        for chunk in read_chunks(chain.path(point.chunks), point.chunks_sha256, point.size):
             if chunk.check != ZERO:
                 read_checked(file, chunk)
             elif not file.is_zero(chunk.offset, chunk.length):

@@ -1,7 +1,7 @@
 """Making the oldest point that is kept a full image, so that those before it can go.
 
     1  .merge-NAME.qcow2 is written and made durable           readers see nothing of it
-    2  NAME-full.chunks is written
+    2  NAME+full.chunks is written
     3  the manifest says `merging`
     4  .merge-NAME.qcow2 replaces NAME.qcow2                    the same contents, without a backing file
     5  the manifest has one full point instead of all of those
@@ -17,7 +17,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 
-from fleecing.pull.chain import MERGE, Chain, merged_point
+from fleecing.pull.chain import Chain, merged_point
 from fleecing.pull.chain_read import ProgressCall, contents
 from fleecing.pull.manifest import ZERO, Chunk, write_chunks
 from fleecing.pull.qcow2_codec import Compression
@@ -35,6 +35,7 @@ def prune(chain: Chain, keep: int, progress: ProgressCall, *, compression: Compr
     if chain.points[first].backing is not None:
         _merge(chain, first, progress, compression)
     else:
+        chain.drop(*chain.points[:first])
         del chain.manifest.points[:first]
         chain.manifest.save(chain.folder)
     chain.sweep()
@@ -43,8 +44,8 @@ def prune(chain: Chain, keep: int, progress: ProgressCall, *, compression: Compr
 
 def _merge(chain: Chain, index: int, progress: ProgressCall, compression: Compression) -> None:
     point = chain.points[index]
-    full = chain.path(f"{MERGE}{point.name}.qcow2")
-    chain.sweep()
+    file, name = chain.begin_merge(point)
+    full = chain.path(file)
     target = Qcow2Target.create(str(full), point.size, Qcow2Options(compression))
     chunks: list[Chunk] = []
     try:
@@ -53,7 +54,6 @@ def _merge(chain: Chain, index: int, progress: ProgressCall, compression: Compre
     except BaseException:
         target.abandon()
         raise
-    name = f"{point.name}-full.chunks"
     sha256 = write_chunks(chain.path(name), chunks)
     data = sum(chunk.length for chunk in chunks if chunk.check != ZERO)
     chain.manifest.merging = merged_point(point, chunks=name, sha256=sha256, data=data)

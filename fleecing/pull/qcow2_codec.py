@@ -65,7 +65,7 @@ def decompress(data: bytes, how: Compression) -> bytes:
     """The cluster. Raises ValueError where it is none; bytes behind its end are ignored."""
     try:
         if how is Compression.ZSTD:
-            cluster = zstandard.ZstdDecompressor().decompressobj().decompress(data)
+            cluster = zstandard.ZstdDecompressor().stream_reader(data).read(CLUSTER + 1)  # no more, whatever it says
         else:
             cluster = zlib.decompressobj(wbits=-15).decompress(data, CLUSTER)
     except (zlib.error, zstandard.ZstdError) as e:
@@ -159,7 +159,9 @@ def parse_header(path: str, data: bytes) -> Header:
     plain = (version, bits, crypt, snapshots, order) == (layout.VERSION, CLUSTER_BITS, 0, 0, layout.REFCOUNT_ORDER)
     if not plain or incompatible & ~Incompatible.COMPRESSION_TYPE or length < _HEADER.size:
         raise ImageError(path, 0, "is a qcow2 image that no pull has written: use qemu-img for it")
-    if kind > 1 or bool(kind) != bool(incompatible) or l1_entries < div_up(div_up(size, CLUSTER), L2_ENTRIES):
+    needed = div_up(div_up(size, CLUSTER), L2_ENTRIES)
+    fits = needed <= l1_entries <= layout.MAX_L1_BYTES // layout.ENTRY_BYTES and l1_offset & ~layout.OFFSET_MASK == 0
+    if kind > 1 or bool(kind) != bool(incompatible) or not fits:
         raise ImageError(path, 0, "has a header that contradicts itself")
     backing = os.fsdecode(data[name_at : name_at + name_size]) if name_at else ""
     return Header(

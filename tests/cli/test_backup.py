@@ -64,7 +64,7 @@ def assert_tidy(server: Server, folder: Path, *disks: str) -> None:
     for disk in disks:
         found = {path.suffix for path in (folder / disk).iterdir()}
         assert found <= {"", ".json", ".qcow2", ".chunks"}
-    assert not (folder / "backup.json").exists()
+    assert not (folder / ".backup.json").exists()
 
 
 @pytest.fixture
@@ -148,10 +148,10 @@ def test_a_backup_killed_at_any_moment_is_mended_by_the_next(
         words(server, folder, "vda", "--full"), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     files = (
-        (folder / "backup.json").exists,
+        (folder / ".backup.json").exists,
         lambda: any((folder / "vda").glob("*.journal")),
         lambda: len(points(folder / "vda")) > 1,
-        lambda: '"safe": true' in read(folder / "backup.json"),
+        lambda: '"safe": true' in read(folder / ".backup.json"),
     )
     while process.poll() is None and not files[seed]():
         pass

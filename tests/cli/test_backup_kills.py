@@ -59,9 +59,9 @@ class Story:
         found = control.request("GET", "/v1/checkpoints")["checkpoints"]
         assert [checkpoint["name"] for checkpoint in found] == [points[-1]["name"]]
         assert not list(self._state.rglob("temp.qcow2")) + list(self._state.rglob(".creation-*"))
-        assert not (self.backups / "backup.json").exists()
+        assert not (self.backups / ".backup.json").exists()
         needed = {name for point in points for name in (point["file"], point["chunks"])}
-        assert {path.name for path in folder.iterdir()} == needed | {"manifest.json", "lock"}
+        assert {path.name for path in folder.iterdir()} == needed | {"manifest.json", ".lock"}
         last = str(folder / points[-1]["file"])
         run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", str(self.image), last)
         self.must("verify", self.backups)

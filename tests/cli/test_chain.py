@@ -135,7 +135,7 @@ class Crashes(Exception):
     """Stands for kill -9: nothing behind it runs."""
 
 
-STEPS = ["os.replace", "sync_folder", "write_chunks", "finish_merge", "sweep"]
+STEPS = ["begin_merge", "write_chunks", "os.replace", "sync_folder", "finish_merge", "sweep"]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -146,18 +146,19 @@ def test_pruning_killed_at_any_step_loses_nothing(backups: Backups, monkeypatch:
         raise Crashes
 
     with monkeypatch.context() as patched, new_chain(str(backups.folder)) as chain:
-        if step in ("finish_merge", "sweep"):
+        if step == "sweep":
             done = []
-            real = getattr(Chain, step)
+            real = Chain.sweep
 
-            def later(self: Chain, *args: object, **more: object) -> None:
+            def later(self: Chain) -> None:
                 done.append(step)
-                if step == "sweep" and len(done) == 1:
-                    real(self)
-                    return
-                raise Crashes
+                if len(done) > 1:
+                    raise Crashes
+                real(self)
 
-            patched.setattr(Chain, step, later)
+            patched.setattr(Chain, "sweep", later)
+        elif step in ("begin_merge", "finish_merge"):
+            patched.setattr(Chain, step, crash)
         elif step == "os.replace":
             patched.setattr("os.replace", crash)
         else:
@@ -249,7 +250,7 @@ def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{}", "[]", "[" * 100_000, '{"fleecing-backups": 1, "points": [{}]}'])
 def test_a_manifest_that_makes_no_sense_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
-    assert "is no manifest of backups" in fleecing("verify", str(tmp_path), expect=1).stderr
+    assert "is no manifest of backups" in fleecing("verify", str(tmp_path), expect=1).stdout
 
 
 @pytest.mark.parametrize(
@@ -258,7 +259,7 @@ def test_a_manifest_that_makes_no_sense_is_told(tmp_path: Path, text: str) -> No
 def test_a_manifest_whose_values_make_no_sense_is_told(tmp_path: Path, key: str, value: object) -> None:
     point = {"name": "p", "file": "p", "chunks": "p", "chunks_sha256": "", "size": 1, "data": 0, "created": ""}
     (tmp_path / "manifest.json").write_text(json.dumps({"fleecing-backups": 1, "points": [point | {key: value}]}))
-    assert "is no manifest of backups" in fleecing("verify", str(tmp_path), expect=1).stderr
+    assert "is no manifest of backups" in fleecing("verify", str(tmp_path), expect=1).stdout
 
 
 def test_one_command_at_a_time_writes(tmp_path: Path) -> None:

@@ -37,12 +37,21 @@ class ForkedCommand:
             self.process = _context.Process(target=_run, args=([*map(str, arguments)], log), daemon=True)
             self.process.start()
         self.said = ""
+        self._more = threading.Condition()
         self._reader = threading.Thread(target=self._read, args=(reading,), daemon=True)
         self._reader.start()
 
     def _read(self, reading: int) -> None:
         with os.fdopen(reading, errors="replace") as pipe:
-            self.said = pipe.read()
+            for line in pipe:
+                with self._more:
+                    self.said += line
+                    self._more.notify_all()
+
+    def wait_for(self, text: str) -> None:
+        """Until it has said this."""
+        with self._more:
+            assert self._more.wait_for(lambda: text in self.said, DEADLINE), self.said
 
     def kill(self) -> None:
         """kill -9, and wait until it is gone."""

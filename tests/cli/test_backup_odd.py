@@ -1,0 +1,194 @@
+"""`fleecing backup` of odd disks, under odd names, at odd moments."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fleecing.cli.control_client import ControlClient
+from fleecing.client.dial import connect
+from fleecing.nbd.uri import NbdUri
+from tests.crash.forked import ForkedCommand, ForkedServer
+from tests.images import KIB, MIB, make_image, padded
+from tests.peers import run
+
+
+@contextmanager
+def serving(folder: Path, image: Path, *options: str) -> Iterator[ForkedServer]:
+    server = ForkedServer(folder, image, *options)
+    server.wait_ready()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def backup(server: ForkedServer, *words: object, expect: int = 0) -> list[dict[str, Any]]:
+    command = ForkedCommand("backup", *words, "--json", "--control", server.control)
+    assert command.wait() == expect, command.said
+    _, bracket, answer = command.said.partition("[\n")
+    found: list[dict[str, Any]] = json.loads(bracket + answer) if bracket else []
+    return found
+
+
+def assert_restores(chain: Path, scratch: Path, expected: bytes) -> None:
+    """The last point, by our restore and by qemu-img alone."""
+    ours = scratch / "ours"
+    command = ForkedCommand("restore", chain, ours)
+    assert command.wait() == 0, command.said
+    assert ours.read_bytes() == expected
+    ours.unlink()
+    last = json.loads((chain / "manifest.json").read_text())["points"][-1]["file"]
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(chain / last), str(scratch / "theirs"))
+    assert (scratch / "theirs").read_bytes() == padded(expected)
+
+
+@pytest.mark.parametrize("size, cluster", [(1, "64K"), (2 * MIB + 1, "4K"), (5 * MIB + 999, "2M")])
+def test_disks_of_any_size_and_cluster_in_increments(tmp_path: Path, size: int, cluster: str) -> None:
+    """Clusters smaller than those of a qcow2 file among them: what changed is told in whole clusters of that."""
+    image, backups = tmp_path / "vda.img", tmp_path / "backups"
+    make_image(image, size)
+    chance = random.Random(size)
+    with (
+        serving(tmp_path, image, "--cluster-size", cluster) as server,
+        connect(NbdUri(export="vda", socket=str(server.unix))) as guest,
+    ):
+        for turn in range(3):
+            (result,) = backup(server, "vda", backups)
+            assert (result["since"] is None) == (turn == 0)
+            assert_restores(backups / "vda", tmp_path, image.read_bytes())
+            for _ in range(4):
+                length = min(size, chance.choice((1, 4 * KIB, 70_000)))
+                offset = chance.randrange(size - length + 1)
+                if chance.random() < 0.3:
+                    guest.write_zeroes(offset, length)
+                else:
+                    guest.write(offset, chance.randbytes(length))
+    assert ForkedCommand("verify", backups).wait() == 0
+
+
+def test_a_disk_that_has_grown_is_backed_up_in_full_and_says_why(tmp_path: Path) -> None:
+    image, backups = tmp_path / "vda.img", tmp_path / "backups"
+    make_image(image, MIB)
+    with serving(tmp_path, image) as server:
+        (first,) = backup(server, "vda", backups)
+    with image.open("ab") as file:
+        file.write(b"more" * 50_000)
+    with serving(tmp_path, image) as server:
+        (second,) = backup(server, "vda", backups, expect=3)
+        assert second["since"] is None and "inconsistent" in second["reason"]
+        assert_restores(backups / "vda", tmp_path, image.read_bytes())
+        (third,) = backup(server, "vda", backups, "--keep", 2)
+        assert third["since"] == second["point"]
+        assert [point["name"] for point in checkpoints(server)] == [third["point"]]
+    assert ForkedCommand("verify", backups).wait() == 0
+    assert not (backups / "vda" / f"{first['point']}.qcow2").exists()
+
+
+def checkpoints(server: ForkedServer) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = ControlClient(str(server.control)).request("GET", "/v1/checkpoints")["checkpoints"]
+    return found
+
+
+def test_disks_are_called_what_they_like(tmp_path: Path) -> None:
+    """Also as our own files were called."""
+    image, backups = tmp_path / "vda.img", tmp_path / "backups"
+    make_image(image, 70_000)
+    for name in ("lock", "manifest.json", "backup.json", "x" * 128):
+        with serving(tmp_path, image, "--name", name) as server:
+            for _ in range(2):
+                backup(server, name, backups)
+            assert_restores(backups / name, tmp_path, image.read_bytes())
+    verify = ForkedCommand("verify", backups)
+    assert verify.wait() == 0 and verify.said.count(": ok\n") == 8
+
+
+def test_points_are_called_what_they_like(tmp_path: Path) -> None:
+    """Names that begin or end as those of other files do; the merge of one makes no other's."""
+    image, folder = tmp_path / "vda.img", tmp_path / "chain"
+    make_image(image, 70_000)
+    names = ("a", "a-full", "a.qcow2", "a.chunks", "a.qcow2.part")
+    with serving(tmp_path, image) as server:
+        control = ControlClient(str(server.control))
+        for number, name in enumerate(names):
+            since = {"since": names[number - 1]} if number else {}
+            control.request("POST", "/v1/snapshots", {"disks": ["vda"], "name": "s", "checkpoint": name, **since})
+            command = ForkedCommand("pull", "vda@s", folder, "--chain", "--control", server.control)
+            assert command.wait() == 0, command.said
+            control.request("DELETE", "/v1/snapshots/vda@s")
+    for keep in (4, 2, 1):
+        assert ForkedCommand("prune", folder, "--keep", keep).wait() == 0
+        verify = ForkedCommand("verify", folder)
+        assert verify.wait() == 0 and verify.said.count(": ok\n") == keep, verify.said
+        assert_restores(folder, tmp_path, image.read_bytes())
+
+
+def test_a_clock_that_was_set_back_changes_no_order(tmp_path: Path) -> None:
+    """As if the last point had been made tomorrow."""
+    image, backups = tmp_path / "vda.img", tmp_path / "backups"
+    make_image(image, 70_000)
+    with serving(tmp_path, image) as server:
+        backup(server, "vda", backups)
+        manifest = backups / "vda" / "manifest.json"
+        content = json.loads(manifest.read_text())
+        content["points"][0]["created"] = "2999-01-01T00:00:00+00:00"
+        manifest.write_text(json.dumps(content))
+        (second,) = backup(server, "vda", backups, "--keep", 1)
+        assert second["since"] is not None
+    assert [point["name"] for point in json.loads(manifest.read_text())["points"]] == [second["point"]]
+    assert_restores(backups / "vda", tmp_path, image.read_bytes())
+
+
+@pytest.mark.parametrize("what", [".", "vda"])
+def test_a_backup_waits_for_another_command_in_its_folder(tmp_path: Path, what: str) -> None:
+    """Timers of several disks fire at the same time, and somebody may be reading with `verify`."""
+    image, backups = tmp_path / "vda.img", tmp_path / "backups"
+    make_image(image, 70_000)
+    with serving(tmp_path, image) as server:
+        backup(server, "vda", backups)
+        lock = os.open(backups / what / ".lock", os.O_RDWR)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        command = ForkedCommand("backup", "vda", backups, "--control", server.control)
+        command.wait_for("is being worked on by another command: waiting for its end\n")
+        assert len(checkpoints(server)) == 1
+        os.close(lock)
+        assert command.wait() == 0, command.said
+    assert len(json.loads((backups / "vda" / "manifest.json").read_text())["points"]) == 2
+
+
+def test_two_backups_at_once_are_one_after_the_other(tmp_path: Path) -> None:
+    image, backups = tmp_path / "vda.img", tmp_path / "backups"
+    make_image(image, MIB)
+    with serving(tmp_path, image) as server:
+        commands = [ForkedCommand("backup", "vda", backups, "--control", server.control) for _ in range(3)]
+        for command in commands:
+            assert command.wait() == 0, command.said
+        assert len(checkpoints(server)) == 1
+    points = json.loads((backups / "vda" / "manifest.json").read_text())["points"]
+    assert [point["backing"] for point in points] == [None, points[0]["file"], points[1]["file"]]
+    assert ForkedCommand("verify", backups).wait() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_backup_that_is_stopped_undoes_itself(tmp_path: Path, number: signal.Signals) -> None:
+    image, backups = tmp_path / "vda.img", tmp_path / "backups"
+    make_image(image, 8 * MIB)
+    with serving(tmp_path, image) as server:
+        command = ForkedCommand("backup", "vda", backups, "--bandwidth", "1M", "--control", server.control)
+        while not list(backups.rglob("*.qcow2.part")):
+            assert command.process.is_alive(), command.said
+        assert command.process.pid is not None
+        os.kill(command.process.pid, number)
+        assert command.wait() == 1
+        assert ControlClient(str(server.control)).request("GET", "/v1/snapshots")["snapshots"] == []
+        assert checkpoints(server) == []
+        assert {path.name for path in backups.rglob("*") if path.is_file()} == {".lock", "manifest.json"}
