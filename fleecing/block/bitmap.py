@@ -58,13 +58,22 @@ def rescale(bits: bitarray, granularity: int, wanted: int, size: int) -> bitarra
             result.append(0)
         result = result[::2] | result[1::2]
         granularity *= 2
-    while granularity > wanted:
-        finer = bitarray(2 * len(result), endian="little")
-        finer[::2] = result
-        finer[1::2] = result
-        result = finer
-        granularity //= 2
+    if granularity > wanted:
+        result = _repeated(result, granularity // wanted)
     return little(result, div_up(size, wanted))
+
+
+def _repeated(bits: bitarray, times: int) -> bitarray:
+    """Each bit `times` times. Byte by byte out of a table: the guest may be waiting, and Python's bits are slow."""
+    table = []
+    for byte in range(256):
+        wide = bitarray(endian="little")
+        for at in range(8):
+            wide += bitarray(times * str(byte >> at & 1), endian="little")
+        table.append(wide.tobytes())
+    result = bitarray(endian="little")
+    result.frombytes(b"".join(map(table.__getitem__, bits.tobytes())))
+    return result
 
 
 def bit_runs(bits: bitarray, first: int, end: int) -> Iterator[tuple[int, int, int]]:

@@ -8,7 +8,8 @@ What changed since a checkpoint is the OR of its bitmap and all later ones. To d
 before it. So a guest write sets one bit, however many checkpoints there are, and no change is ever lost.
 
     checkpoints/index.json       the chain, see state.CheckpointIndex
-    checkpoints/NAME.bitmap      a BitFile; one bit for each cluster of the size that the disk had when it was made
+    checkpoints/NAME.bitmap      a BitFile; one bit for each cluster of the size that the disk had when it was made, or
+                                 for each SMALLEST_GRAIN bytes where clusters are smaller
     checkpoints/NAME.intent      its write-intent log
 
 Whatever makes a bitmap miss changes makes it and all before it inconsistent, for good, with a reason; what is made
@@ -34,9 +35,13 @@ from fleecing.block.graph import at_instant
 from fleecing.block.tracking import IntentLog, Tracker, region_size
 from fleecing.control.state import CheckpointEntry, CheckpointIndex, CheckpointState, sync_folder, write_json
 from fleecing.errors import ControlError
-from fleecing.units import div_up
+from fleecing.units import KiB, div_up
 
 log = logging.getLogger(__name__)
+
+SMALLEST_GRAIN = 64 * KiB
+"""Bytes; QEMU's default. Increments go into qcow2 files, and a cluster of theirs that changed in part only could not be
+read from a snapshot that has nothing but changes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,9 +173,10 @@ class CheckpointChain:
         for path in (bits, log_path):  # of a deletion that did not get through
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-        file = BitFile.create(bits, size=self.disk.size, granularity=self.cluster_size)
+        granularity = max(self.cluster_size, SMALLEST_GRAIN)
+        file = BitFile.create(bits, size=self.disk.size, granularity=granularity)
         try:
-            intents = IntentLog.create(log_path, region_size(self.disk.size, self.cluster_size))
+            intents = IntentLog.create(log_path, region_size(self.disk.size, granularity))
         except BaseException:
             file.remove()
             raise

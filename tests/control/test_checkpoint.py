@@ -229,6 +229,15 @@ def test_bitmaps_of_another_cluster_size_are_converted(disk: Disk) -> None:
     assert disk.changed("a") == {0, 20}
 
 
+def test_changes_are_told_in_clusters_that_a_qcow2_file_can_take_whole(disk: Disk) -> None:
+    disk.stop()
+    disk.start(4 * KiB)
+    disk.checkpoint("a")
+    disk.manager.disks["vda"].node.write(CLUSTER + 5000, b"\2")
+    assert disk.changed("a") == set(range(16, 32))
+    disk.delete("a")
+
+
 def test_a_taken_name_is_refused_and_nothing_is_made(disk: Disk) -> None:
     disk.checkpoint("a")
     with pytest.raises(ControlError, match="disk 'vda' has a checkpoint 'a' already"):
