@@ -38,6 +38,7 @@ DEADLINE = 60.0
 
 PACKAGES = {
     "blockdev": "util-linux",
+    "borg": "borgbackup",
     "busybox": "busybox-static",
     "cpio": "cpio",
     "curl": "curl",
@@ -46,6 +47,7 @@ PACKAGES = {
     "e2fsck": "e2fsprogs",
     "fio": "fio",
     "fsfreeze": "util-linux",
+    "fusermount3": "fuse3",
     "ldd": "libc-bin",
     "losetup": "mount",
     "mke2fs": "e2fsprogs",
@@ -70,6 +72,7 @@ PACKAGES = {
     "systemd-sysusers": "systemd",
     "umount": "mount",
     "unshare": "util-linux",
+    "virt-qemu-run": "libvirt-daemon-driver-qemu",
 }
 
 # The PATH of a plain user lacks these, and several peers live there.

@@ -18,6 +18,7 @@ import pytest
 from fleecing.errors import ControlError
 from tests.console import Block, Session, read_blocks
 from tests.guest.guest import HOST, Guest
+from tests.guest.libvirt import LibvirtGuest
 from tests.images import MIB, make_image
 from tests.peers import run
 from tests.serving import ROOT, Serve, Server
@@ -44,8 +45,13 @@ def session(tmp_path: Path) -> Iterator[Session]:
     home = tmp_path / "home"
     home.mkdir()
     places = {"/tmp/tour": tmp_path / "tour", "/home/ann/fleecing": ROOT}
-    with Session(README, ROOT, home, places) as session:
-        yield session
+    try:
+        with Session(README, ROOT, home, places) as session:
+            yield session
+    finally:
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            if (mounted := line.split()[1]).startswith(f"{tmp_path}/"):  # where the test failed
+                run("umount", "--lazy", mounted)
 
 
 @pytest.fixture
@@ -126,6 +132,33 @@ def test_a_machine_goes_on_when_its_server_is_killed_and_started_again(
     with image.open("rb") as disk:
         disk.seek(2 * MIB)
         assert disk.readline() == b"again\n"
+
+
+def test_a_machine_of_libvirt_works_on_the_disk_of_the_recipe(serve: Serve, image: Path, tmp_path: Path) -> None:
+    """Both ways at once, on two disks; the second one waits for a server that is killed and started again."""
+    other = tmp_path / "vdb.img"
+    make_image(other, 4 * MIB)
+    server = serve({"vda": image, "vdb": other})
+    devices, commandline = (
+        "\n".join(block.lines).replace("/tmp/tour/nbd.sock", str(server.unix)) for block in blocks_of("libvirt")
+    )
+    old = image.read_bytes()
+    write = "yes again | head -c 1048576 | dd of=/dev/{} bs=1M seek=2 conv=fsync iflag=fullblock"
+    with (
+        LibvirtGuest(tmp_path, devices, commandline.replace("export=vda", "export=vdb")) as guest,
+        ThreadPoolExecutor() as pool,
+    ):
+        uri = server.snapshot("vda", name="s")
+        guest.check(write.format("vda"))
+        run("nbdcopy", uri, str(tmp_path / "pulled"))
+        server.kill()
+        writing = pool.submit(guest.check, write.format("vdb"))
+        server.start()
+        writing.result()
+    server.stop()
+    assert (tmp_path / "pulled").read_bytes() == old
+    for path in (image, other):
+        assert path.read_bytes()[2 * MIB :].startswith(b"again\n" * 1000)
 
 
 def attach_with_the_kernel(guest: Guest, server: Server) -> None:
