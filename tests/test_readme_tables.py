@@ -19,10 +19,13 @@ from fleecing.control import creation, manager, paths, sockets
 from fleecing.control.access import AccessRule
 from fleecing.control.api import make_app
 from fleecing.control.config import DEFAULT_PORT, DiskSettings, LimitSettings, ServerSettings
+from fleecing.control.event_stream import KEPT, LOST, EventRing, EventStream
 from fleecing.control.jobs import Jobs
+from fleecing.control.logs import Logs
 from fleecing.control.models import DEFAULT_CBW_TIMEOUT
 from fleecing.control.names import NAME_RULE
 from fleecing.control.report import Reporter
+from fleecing.events import Event
 from fleecing.server import export, meta_context
 from fleecing.server.limits import Limits
 from fleecing.units import KiB, format_size
@@ -99,9 +102,20 @@ def test_the_control_api_is_complete() -> None:
     class NoReporter:
         manager = None
 
-    routes = make_app(cast(Reporter, NoReporter()), cast(Jobs, None)).router.routes()
+    routes = make_app(
+        cast(Reporter, NoReporter()), cast(Jobs, None), EventStream(cast(EventRing, None)), cast(Logs, None)
+    ).router.routes()
     known = {f"{route.method} {route.resource.canonical}" for route in routes if route.resource is not None}
     assert set(rows("Control API")) == {route for route in known if not route.startswith("HEAD")}
+
+
+def test_the_events_are_complete() -> None:
+    start = PAGE.index("### Events and logs\n")
+    section = PAGE[start : PAGE.index("\n### ", start)]
+    assert set(re.findall(r"^event: ([a-z-]+)$|`([a-z]+-[a-z-]+)`", section, re.MULTILINE)) == {
+        ("", str(event)) if f"`{event}`" in section else (str(event), "") for event in [*Event, LOST]
+    }
+    assert f"keeps the last {KEPT}," in section
 
 
 def test_the_figures_for_prometheus_are_complete(serve: Serve, image: Path) -> None:

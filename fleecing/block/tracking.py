@@ -25,6 +25,7 @@ from bitarray import bitarray
 
 from fleecing.block.bitfile import BitFile
 from fleecing.block.bitmap import zeroes
+from fleecing.events import Event, tell
 from fleecing.units import MiB, align_up
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,9 @@ def region_size(size: int, granularity: int) -> int:
 class Tracker:
     """Records changes in one checkpoint's bit file. Any thread may call; a change that records is inside the gate."""
 
-    def __init__(self, bits: BitFile, intents: IntentLog) -> None:
+    def __init__(self, bits: BitFile, intents: IntentLog, *, disk: str = "", checkpoint: str = "") -> None:
+        """The names are for what is told of it."""
+        self._names = {"disk": disk, "checkpoint": checkpoint}
         self.file = bits
         self.log = intents
         self.bits = bits.bits  # a bit for each `1 << shift` bytes; set for good
@@ -156,7 +159,17 @@ class Tracker:
                 return
             self.file.note = reason
             self.failed = reason
-        log.error("changed blocks are not tracked any more: %s", reason)
+        tell(
+            log,
+            logging.ERROR,
+            Event.CHECKPOINT_INCONSISTENT,
+            "checkpoint %s of disk %s, and those before it, are inconsistent: %s",
+            self._names["checkpoint"],
+            self._names["disk"],
+            reason,
+            **self._names,
+            reason=reason,
+        )
 
     def settle(self) -> None:
         """Make the recorded bits durable and take the idle regions out of the log.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from fleecing.control.sockets import check_socket_path
@@ -37,13 +39,41 @@ class ControlClient:
             self._answer(status, content)
         return content
 
+    def lines(self, path: str, headers: Mapping[str, str]) -> Iterator[str]:
+        """The lines of an answer that goes on and on, as they come, until the server ends it. Raises ControlError."""
+        connection = _UnixConnection(self.path, self._timeout)
+        try:
+            with self._explaining():
+                connection.request("GET", path, headers=dict(headers))
+                response = connection.getresponse()
+                text = response.read() if response.status >= 400 else b""
+            if response.status >= 400:
+                self._answer(response.status, text)
+            while True:
+                with self._explaining():
+                    line = response.readline()
+                if not line:
+                    return
+                yield line.decode().rstrip("\n")
+        finally:
+            connection.close()
+
     def _call(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
         connection = _UnixConnection(self.path, self._timeout)
         headers = {} if body is None else {"Content-Type": "application/json"}
         try:
-            connection.request(method, path, None if body is None else json.dumps(body), headers)
-            response = connection.getresponse()
-            text = response.read()
+            with self._explaining():
+                connection.request(method, path, None if body is None else json.dumps(body), headers)
+                response = connection.getresponse()
+                return response.status, response.read()
+        finally:
+            connection.close()
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Whatever goes wrong on the way becomes a ControlError."""
+        try:
+            yield
         except (FileNotFoundError, ConnectionRefusedError):
             raise ControlError(
                 503,
@@ -62,9 +92,6 @@ class ControlClient:
             raise ControlError(
                 502, f"talking on control socket {self.path} failed: {str(e) or type(e).__name__}"
             ) from e
-        finally:
-            connection.close()
-        return response.status, text
 
     def _answer(self, status: int, text: bytes) -> Any:
         try:

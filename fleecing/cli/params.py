@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from fleecing.control.names import check_name, split_export
+from fleecing.control.names import check_export, check_name, split_export
 from fleecing.control.paths import default_control_path
 from fleecing.control.sizes import check_cluster_size, check_temp_limit
 from fleecing.control.sockets import check_socket_path
@@ -33,6 +33,7 @@ class Checked:
 
 NAME = Checked("NAME", check_name)
 EXPORT = Checked("DISK@SNAPSHOT", split_export)
+ANY_EXPORT = Checked("DISK|DISK@SNAPSHOT", check_export)
 CLUSTER_SIZE = Checked("SIZE", lambda text: check_cluster_size(parse_size(text)))
 TEMP_LIMIT = Checked("SIZE", lambda text: check_temp_limit(parse_size(text)))
 GRACE = Checked("SIZE", parse_size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import shlex
 import shutil
@@ -15,12 +14,13 @@ from typing import Any
 import click
 
 from fleecing.cli.output import print_json
-from fleecing.cli.params import CLUSTER_SIZE, NAME, SOCKET, Checked, json_option
+from fleecing.cli.params import ANY_EXPORT, CLUSTER_SIZE, NAME, SOCKET, Checked, json_option
 from fleecing.control import daemon
 from fleecing.control.access import AccessRule
 from fleecing.control.activation import take_sockets
 from fleecing.control.config import ServerSettings, TcpAddress, make_settings, read_config
 from fleecing.control.exposure import open_ends
+from fleecing.control.logs import LogFormat, LogLevel, Logs
 from fleecing.control.names import clean_name
 from fleecing.errors import ConfigError
 from fleecing.nbd.conversation import TlsMode
@@ -91,7 +91,20 @@ Examples:
     multiple=True,
     help="A limit of NBD clients, as in clients=100 or send-seconds=30; check-config FILE --json shows them all.",
 )
-@click.option("--verbose", is_flag=True, help="Log every protocol message, too.")
+@click.option(
+    "--log-format",
+    type=click.Choice([form.value for form in LogFormat]),
+    help="auto (default): fields for the journal where stderr is the journal's, else text.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice([level.value for level in LogLevel]),
+    help="Least level of what is logged; else info.",
+)
+@click.option(
+    "--debug-export", "debug_exports", type=ANY_EXPORT, multiple=True, help="Log every request of this export, too."
+)
+@click.option("--verbose", is_flag=True, help="Log every protocol message, too: the same as --log-level debug.")
 def serve(
     *,
     image: str | None,
@@ -112,6 +125,8 @@ def serve(
     for_image = {"path": image, "format": image_format, "cluster-size": cluster_size}
     inherited = take_sockets()
     activated = bool(inherited.nbd)
+    if verbose:
+        options["log_level"] = LogLevel.DEBUG
     options["limits"] = dict(options.pop("limit")) or None
     reread: Callable[[], ServerSettings] | None = None
     if config is not None:
@@ -126,15 +141,12 @@ def serve(
     else:
         disk = {name or clean_name(Path(image).stem): _given(for_image)}
         settings = make_settings({"disk": disk, **_given(options)}, "command line", activated=activated)
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-    )
+    logs = Logs(settings.log_format, settings.log_level, settings.debug_exports)
     daemon.run(
         settings,
         program=_program(),
         announce=lambda text: click.echo(text, err=True),
+        logs=logs,
         inherited=inherited,
         reread=reread,
     )

@@ -17,7 +17,9 @@ from aiohttp.typedefs import Handler, Middleware
 from pydantic import BaseModel, ValidationError
 
 from fleecing.control.config import explain
+from fleecing.control.event_stream import EventStream
 from fleecing.control.jobs import Jobs
+from fleecing.control.logs import Logs
 from fleecing.control.metrics import CONTENT_TYPE, Metrics
 from fleecing.control.models import (
     CheckpointList,
@@ -26,6 +28,8 @@ from fleecing.control.models import (
     ExtentPage,
     JobInfo,
     JobList,
+    LogChange,
+    LogInfo,
     MapPage,
     PushRequest,
     SnapshotChange,
@@ -56,10 +60,12 @@ _PAGE_QUERY = (
 )
 
 
-def make_app(reporter: Reporter, jobs: Jobs, *, group: int | None = None) -> web.Application:
+def make_app(
+    reporter: Reporter, jobs: Jobs, events: EventStream, logs: Logs, *, group: int | None = None
+) -> web.Application:
     """The application that serves this reporter's manager to root, to the server's own user, and to a `group`."""
     app = web.Application(middlewares=[_errors_as_json, _only_for(group)], client_max_size=MAX_BODY)
-    api = _Api(reporter, jobs)
+    api = _Api(reporter, jobs, events, logs)
     for route in api.routes:
         pattern = route.path.replace("{disk}@{name}", "{disk:[^/@]+}@{name:[^/]+}")
         app.router.add_route(route.method, pattern, route.handler)
@@ -67,8 +73,10 @@ def make_app(reporter: Reporter, jobs: Jobs, *, group: int | None = None) -> web
 
 
 class _Api:
-    def __init__(self, reporter: Reporter, jobs: Jobs) -> None:
+    def __init__(self, reporter: Reporter, jobs: Jobs, events: EventStream, logs: Logs) -> None:
         self._jobs = jobs
+        self._events = events
+        self._logs = logs
         self._reporter = reporter
         self._manager = reporter.manager
         self._metrics = Metrics(reporter)
@@ -149,6 +157,7 @@ class _Api:
                 content_type="application/octet-stream",
             ),
             *self._job_routes(),
+            *self._log_routes(),
             Route("GET", "/metrics", self.metrics, "Figures for Prometheus", None, content_type="text/plain"),
             Route("GET", "/openapi.json", self.openapi, "This document", None),
         )
@@ -169,6 +178,43 @@ class _Api:
             Route("GET", _JOB, self.show_job, "One push", JobInfo, problems=(400, 404)),
             Route("DELETE", _JOB, self.cancel_job, "Stop a push; answers when it ended", JobInfo, problems=(400, 404)),
         )
+
+    def _log_routes(self) -> Sequence[Route]:
+        return (
+            Route(
+                "GET",
+                "/v1/events",
+                self._events.serve,
+                "What happens, told as it happens: server-sent events, until the listener hangs up",
+                None,
+                query=(Parameter("Last-Event-ID", "go on behind this event", text=True, place="header"),),
+                problems=(503,),
+                content_type="text/event-stream",
+            ),
+            Route("GET", "/v1/log", self.log, "What is logged, and how", LogInfo),
+            Route(
+                "PATCH",
+                "/v1/log",
+                self.change_log,
+                "Log more or less, until the server ends",
+                LogInfo,
+                body=LogChange,
+                problems=(400,),
+            ),
+        )
+
+    async def log(self, request: web.Request) -> web.Response:
+        logs = self._logs
+        return _answer(LogInfo(format=logs.format, level=logs.level, debug_exports=logs.debug_exports))
+
+    async def change_log(self, request: web.Request) -> web.Response:
+        try:
+            wanted = LogChange.model_validate_json(await request.read())
+        except ValidationError as e:
+            raise ControlError(400, explain(e)) from None
+        self._logs.change(wanted.level, wanted.debug_exports)
+        self._logs.tell()
+        return await self.log(request)
 
     async def jobs(self, request: web.Request) -> web.Response:
         return _answer(JobList(jobs=self._jobs.infos()))

@@ -181,7 +181,7 @@ class CheckpointChain:
             file.remove()
             raise
         sync_folder(self.folder)
-        return Tracker(file, intents)
+        return Tracker(file, intents, disk=self.disk_name, checkpoint=name)
 
     def commit(self, name: str) -> None:
         """It is there. What was made before and had missed changes by the instant is inconsistent for good."""

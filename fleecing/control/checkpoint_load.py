@@ -28,6 +28,7 @@ from fleecing.control.identity import Verdict
 from fleecing.control.names import check_name
 from fleecing.control.state import CheckpointEntry, CheckpointIndex, CheckpointState, read_json
 from fleecing.errors import ImageError
+from fleecing.events import Event, tell
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def load_chain(into: CheckpointChain, verdict: Verdict, unfinished: str | None) 
     """
     name, folder, disk = into.disk_name, into.folder, into.disk
     entries = _entries(folder)
-    chain = [_open(folder, entry, disk.size, verdict) for entry in entries]
+    chain = [_open(folder, entry, disk.size, verdict, name) for entry in entries]
     chain = [_marked(c, reason, name) for c, reason in zip(chain, reasons(chain), strict=True)]
     dropped = []
     for checkpoint in list(chain):
@@ -88,17 +89,17 @@ def _files(folder: str) -> Iterator[tuple[str, str]]:
                 yield check_name(name), ending
 
 
-def _open(folder: str, entry: CheckpointEntry, size: int, verdict: Verdict) -> Checkpoint:
+def _open(folder: str, entry: CheckpointEntry, size: int, verdict: Verdict, disk: str) -> Checkpoint:
     reason = entry.inconsistent or verdict.changed
     if reason is None:
         try:
-            return Checkpoint(entry, _tracker(folder, entry, size, verdict))
+            return Checkpoint(entry, _tracker(folder, entry, size, verdict, disk))
         except (OSError, ImageError) as e:
             reason = str(e)
     return Checkpoint(entry.model_copy(update={"inconsistent": reason}), None)
 
 
-def _tracker(folder: str, entry: CheckpointEntry, size: int, verdict: Verdict) -> Tracker:
+def _tracker(folder: str, entry: CheckpointEntry, size: int, verdict: Verdict, disk: str) -> Tracker:
     bits = BitFile.open(bitmap_path(folder, entry.name))
     try:
         if bits.size != size:
@@ -110,13 +111,24 @@ def _tracker(folder: str, entry: CheckpointEntry, size: int, verdict: Verdict) -
     if verdict.power_lost and not entry.synced:
         more = recover(bits, intents) * bits.granularity
         log.warning("checkpoint %s: %d bytes more count as changed after the loss of power", entry.name, more)
-    return Tracker(bits, intents)
+    return Tracker(bits, intents, disk=disk, checkpoint=entry.name)
 
 
 def _marked(checkpoint: Checkpoint, reason: str | None, disk: str) -> Checkpoint:
     if reason is None:
         return checkpoint
-    log.warning("checkpoint %s of disk %s is inconsistent: %s", checkpoint.name, disk, reason)
+    tell(
+        log,
+        logging.WARNING,
+        Event.CHECKPOINT_INCONSISTENT,
+        "checkpoint %s of disk %s is inconsistent: %s",
+        checkpoint.name,
+        disk,
+        reason,
+        disk=disk,
+        checkpoint=checkpoint.name,
+        reason=reason,
+    )
     if checkpoint.tracker is not None:
         checkpoint.tracker.close()
     return Checkpoint(checkpoint.entry.model_copy(update={"inconsistent": reason}), None)

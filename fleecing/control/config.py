@@ -14,6 +14,9 @@ tls-dir = "/etc/fleecing/tls"           # server-cert.pem, server-key.pem, ca-ce
 tls-verify-client = false               # whether clients must have a certificate of ca-cert.pem
 insecure-listen = false                 # whether TCP may be open to more than this machine without TLS
 drain-seconds = 10                      # how long requests in flight may take when the server stops
+log-format = "auto"                     # text, json, journald; auto: journald where stderr is the journal's, else text
+log-level = "info"                      # debug, info, warning, error
+debug-exports = []                      # exports whose every request is logged
 
 [limits]                                # of NBD clients
 clients = 1024
@@ -51,7 +54,8 @@ from pydantic import (
 
 from fleecing.control.access import AccessRule
 from fleecing.control.accounts import Group
-from fleecing.control.fields import ClusterSize, Name, Size
+from fleecing.control.fields import ClusterSize, ExportName, Name, Size
+from fleecing.control.logs import LogFormat, LogLevel
 from fleecing.control.paths import default_control_path, default_state_dir, default_unix_path
 from fleecing.control.sizes import DEFAULT_CLUSTER
 from fleecing.control.sockets import check_socket_path
@@ -200,6 +204,9 @@ class ServerSettings(_Settings):
     tls_verify_client: bool = False
     insecure_listen: bool = False
     drain_seconds: float = Field(default=10.0, ge=0, le=3600)
+    log_format: LogFormat = LogFormat.AUTO
+    log_level: LogLevel = LogLevel.INFO
+    debug_exports: tuple[ExportName, ...] = ()
     limits: LimitSettings = LimitSettings()
     access: tuple[AccessRule, ...] | None = None
     disk: dict[Name, DiskSettings] = Field(min_length=1)

@@ -23,12 +23,15 @@ from fleecing.control.addresses import Addresses, paste_lines
 from fleecing.control.api import make_app
 from fleecing.control.certificates import Certificates
 from fleecing.control.config import ServerSettings
+from fleecing.control.event_stream import EventRing, EventStream
 from fleecing.control.jobs import Jobs
+from fleecing.control.logs import LogFormat, Logs
 from fleecing.control.manager import Manager
 from fleecing.control.notify import Notifier
 from fleecing.control.report import Reporter
 from fleecing.control.sockets import bind_tcp, bind_unix, remove_socket
 from fleecing.errors import ConfigError
+from fleecing.events import Event, tell
 from fleecing.nbd.handshake import TlsMode
 from fleecing.server.access import Policy
 from fleecing.server.limits import Limits
@@ -53,23 +56,26 @@ def run(
     *,
     program: str,
     announce: Callable[[str], None],
+    logs: Logs,
     inherited: Inherited | None = None,
     reread: Callable[[], ServerSettings] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT comes, then drain. SIGHUP has certificates and access rules read again.
 
-    `announce` gets the lines to paste once, when everything listens; `program` is what starts this program in a shell.
+    `announce` gets the lines to paste once, when everything listens and the log is for people; `program` is what starts
+    this program in a shell.
     `inherited` sockets, which systemd keeps, are served besides those of the settings; the control socket goes first.
     `reread` gives the settings as they are by then; None where there is no file that they come from.
     Raises ConfigError where the server cannot start; then nothing of it is left.
     """
-    uvloop.run(_serve(settings, program, announce, inherited or Inherited(), reread))
+    uvloop.run(_serve(settings, program, announce, logs, inherited or Inherited(), reread))
 
 
 async def _serve(
     settings: ServerSettings,
     program: str,
     announce: Callable[[str], None],
+    logs: Logs,
     inherited: Inherited,
     reread: Callable[[], ServerSettings] | None,
 ) -> None:
@@ -85,6 +91,9 @@ async def _serve(
     if settings.uses_tls and settings.tls_dir is not None:
         certificates = Certificates(settings.tls_dir, settings.tls_verify_client)
     async with AsyncExitStack() as life:
+        ring = EventRing(loop)
+        life.callback(logging.getLogger().removeHandler, ring)
+        logging.getLogger().addHandler(ring)
         notifier = Notifier()
         life.callback(notifier.close)
         manager = await asyncio.to_thread(Manager, settings)
@@ -100,14 +109,21 @@ async def _serve(
         addresses = _listen(settings, server, life, inherited)
         jobs = await asyncio.to_thread(Jobs, manager, settings.state_dir)
         life.push_async_callback(asyncio.to_thread, jobs.close)
-        await _start_control(settings, Reporter(manager, server, addresses), jobs, life, inherited)
-        announce("\n".join([*paste_lines(list(manager.disks), addresses, program), READY]))
+        group = _group_of(settings.control_group)
+        app = make_app(Reporter(manager, server, addresses), jobs, EventStream(ring), logs, group=group)
+        await _start_control(settings, app, addresses.control, life, inherited)
+        life.callback(ring.close)  # those who listen are told that the end begins, and let go
+        if logs.format is LogFormat.TEXT:
+            announce("\n".join([*paste_lines(list(manager.disks), addresses, program), READY]))
+        else:
+            tell(log, logging.INFO, Event.SERVER_READY, READY, control=addresses.control)
         notifier.ready(_status(manager, server))
         signs = loop.create_task(notifier.run(lambda: _status(manager, server)))
         life.push_async_callback(_end, signs)  # signs of life are given until the last request has ended
         life.callback(notifier.stopping)
         await stop.wait()
-        log.info("stopping: requests in flight have %g s to end", settings.drain_seconds)
+        text = "stopping: requests in flight have %g s to end"
+        tell(log, logging.INFO, Event.SERVER_STOPPING, text, settings.drain_seconds)
     log.info("stopped")
 
 
@@ -227,17 +243,15 @@ def _listen(settings: ServerSettings, server: NbdServer, life: AsyncExitStack, i
 
 
 async def _start_control(
-    settings: ServerSettings, reporter: Reporter, jobs: Jobs, life: AsyncExitStack, inherited: Inherited
+    settings: ServerSettings, app: web.Application, path: str, life: AsyncExitStack, inherited: Inherited
 ) -> None:
     listener = inherited.control
     group = _group_of(settings.control_group)
     if listener is None:
         listener = bind_unix(settings.control, 0o600 if group is None else 0o660, group)
         life.callback(remove_socket, settings.control)
-    runner = web.AppRunner(
-        make_app(reporter, jobs, group=group), access_log=None, shutdown_timeout=settings.drain_seconds
-    )
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=settings.drain_seconds)
     await runner.setup()
     life.push_async_callback(runner.cleanup)
     await web.SockSite(runner, listener).start()
-    log.info("control socket %s", reporter.addresses.control)
+    log.info("control socket %s", path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass, field
 
@@ -15,10 +16,13 @@ from fleecing.control.identity import Keeper
 from fleecing.control.state import SnapshotRecord, write_json
 from fleecing.control.store import RECORD_NAME, DiskFolder
 from fleecing.errors import ConfigError, ImageError
+from fleecing.events import Event, Value, of_export, tell
 from fleecing.server.export import Export, active_export
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(eq=False)
 class Disk:
     """A configured active image."""
 
@@ -29,6 +33,26 @@ class Disk:
     keeper: Keeper
     chain: CheckpointChain
     export: Export
+    problem: str | None = None
+    """What `watch_image` found wrong last."""
+
+    def watch_image(self) -> None:
+        """Tell, once each time, that the image is not what it was at the start, or is so again. By one thread only."""
+        try:
+            self.node.file.check_size()
+            problem = None
+        except (ImageError, OSError) as e:
+            problem = str(e)
+        if problem == self.problem:
+            return
+        self.problem = problem
+        fields = {"disk": self.name, "path": self.settings.path}
+        if problem is None:
+            text = "disk %s: its image is as it was again"
+            tell(log, logging.INFO, Event.IMAGE_OK, text, self.name, **fields)
+        else:
+            text = "disk %s: %s"
+            tell(log, logging.ERROR, Event.IMAGE_PROBLEM, text, self.name, problem, reason=problem, **fields)
 
     def close(self) -> None:
         """Give image and folder back; what they hold stays as it is."""
@@ -54,6 +78,13 @@ class Snapshot:
     @property
     def name(self) -> str:
         return self.record.name
+
+    def tell(
+        self, log: logging.Logger, event: Event, text: str, *args: object, level: int = logging.INFO, **fields: Value
+    ) -> None:
+        """An event of it; the first argument of the text is its export's name."""
+        name = self.export.name
+        tell(log, level, event, text, name, *args, **of_export(name), temp=self.node.temp_path, **fields)
 
     def set_temp_limit(self, limit: int | None) -> None:
         """From now on and for later servers; bytes, None = no limit. Under `deletion`.

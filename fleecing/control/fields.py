@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
-from fleecing.control.names import NAME_PATTERN, check_name
+from fleecing.control.names import NAME_PATTERN, check_export, check_name
 from fleecing.control.sizes import check_cluster_size, check_temp_limit
 from fleecing.units import MAX_SIZE, parse_size
 
@@ -16,6 +16,7 @@ def _parse_if_text(value: object) -> object:
 
 
 Name = Annotated[str, AfterValidator(check_name), Field(json_schema_extra={"pattern": f"^{NAME_PATTERN}$"})]
+ExportName = Annotated[str, AfterValidator(check_export)]
 
 Size = Annotated[
     int,

@@ -21,6 +21,7 @@ from fleecing.control.manager import Manager
 from fleecing.control.models import JobInfo, JobState, PushRequest, SnapshotRequest
 from fleecing.control.state import Kept, read_json, remove, write_json
 from fleecing.errors import ControlError, FleecingError, ImageError
+from fleecing.events import Event, Value, of_export, tell
 from fleecing.pull.destination import Destination, Format
 from fleecing.pull.engine import Progress, PullOptions, Trim, copy
 from fleecing.pull.node_source import NodeSource
@@ -84,6 +85,7 @@ class Job:
             self._clean()
             raise
         self._thread = threading.Thread(target=self._run, name=f"job-{number}")
+        self._tell_started()
         self._thread.start()
 
     def info(self) -> JobInfo:
@@ -102,6 +104,15 @@ class Job:
             started=self._started,
             ended=self._ended,
         )
+
+    def _tell_started(self) -> None:
+        text = "job %d: pushing %s to %s"
+        source, target = self._request.source, self._request.target
+        tell(log, logging.INFO, Event.JOB_STARTED, text, self.number, source, target, **self._fields(), state="running")
+
+    def _fields(self) -> dict[str, Value]:
+        export = of_export(self._snapshot.export.name)
+        return {"job": self.number, "source": self._request.source, "target": self._request.target, **export}
 
     def cancel(self) -> None:
         """Stop it, and wait for its end; one that has ended stays as it is."""
@@ -128,7 +139,19 @@ class Job:
         self._clean()
         self._ended = datetime.now(UTC)
         self.state = state
-        log.info("job %d, %s to %s: %s", self.number, self._request.source, self._request.target, self._error or state)
+        tell(
+            log,
+            logging.INFO if state is not JobState.FAILED else logging.ERROR,
+            Event.JOB_ENDED,
+            "job %d, %s to %s: %s",
+            self.number,
+            self._request.source,
+            self._request.target,
+            self._error or state,
+            **self._fields(),
+            state=str(state),
+            reason=self._error,
+        )
 
     def _copy(self) -> None:
         node = self._snapshot.node
@@ -198,7 +221,6 @@ class Jobs:
             ended = [number for number, job in self._jobs.items() if job.state is not JobState.RUNNING]
             for number in ended[:-KEPT]:
                 del self._jobs[number]
-        log.info("job %d: pushing %s to %s", job.number, request.source, request.target)
         return job.info()
 
     def infos(self) -> list[JobInfo]:

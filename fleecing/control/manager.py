@@ -25,6 +25,7 @@ from fleecing.control.revival import revive_all
 from fleecing.control.store import RECORD_NAME
 from fleecing.control.ticker import Ticker
 from fleecing.errors import ConfigError, ControlError, ImageError
+from fleecing.events import Event, of_export, tell
 from fleecing.nbd.handshake import ExportInfo
 from fleecing.server.export import Export
 from fleecing.units import format_size
@@ -85,13 +86,25 @@ class Manager:
                 disk.keeper.begin()
                 self.disks[name] = opened.pop(name)
                 self._snapshots.update({(name, s.name): s for s in found})
-                log.info("disk %s opened: %s, raw, %s", name, disk.settings.path, format_size(disk.node.size))
+                tell(
+                    log,
+                    logging.INFO,
+                    Event.DISK_OPENED,
+                    "disk %s opened: %s, raw, %s",
+                    name,
+                    disk.settings.path,
+                    format_size(disk.node.size),
+                    disk=name,
+                    path=disk.settings.path,
+                    size=disk.node.size,
+                )
             forget_unfinished(self._state_dir, self.disks)
         except OSError as e:
             raise ConfigError(f"state folder {self._state_dir} cannot be used: {e}") from e
 
     def _touch(self) -> None:
         for disk in list(self.disks.values()):
+            disk.watch_image()
             try:
                 disk.keeper.touch()
             except OSError as e:
@@ -184,7 +197,9 @@ class Manager:
         if request.checkpoint is not None:
             self._settling.hurry()
         for snapshot in made:
-            log.info("snapshot %s created, temp %s", snapshot.export.name, snapshot.node.temp_path)
+            snapshot.tell(log, Event.SNAPSHOT_CREATED, "snapshot %s created, temp %s", snapshot.node.temp_path)
+            if request.checkpoint is not None:
+                _tell_checkpoint(Event.CHECKPOINT_CREATED, "created", snapshot.disk.name, request.checkpoint)
         return made
 
     def _finish_undoing(self) -> None:
@@ -233,7 +248,7 @@ class Manager:
                 ) from e
             with self._lock:
                 del self._snapshots[disk, name]
-        log.info("snapshot %s deleted", snapshot.export.name)
+        snapshot.tell(log, Event.SNAPSHOT_DELETED, "snapshot %s deleted")
         return True
 
     def set_temp_limit(self, disk: str, name: str, limit: int | None) -> None:
@@ -257,7 +272,8 @@ class Manager:
                 raise ControlError(
                     500, f"snapshot '{export}' keeps its temp limit: its state folder takes no file: {e.strerror}"
                 ) from e
-        log.info("snapshot %s: temp limit %s", export, "none" if limit is None else format_size(limit))
+        text, words = "snapshot %s: temp limit %s", "none" if limit is None else format_size(limit)
+        snapshot.tell(log, Event.TEMP_LIMIT_CHANGED, text, words, limit=limit)
 
     def delete_checkpoint(self, disk: str, name: str) -> bool:
         """Forget the checkpoint; no other one loses a change. False where there is none of that name.
@@ -277,7 +293,7 @@ class Manager:
             except OSError as e:
                 raise ControlError(500, f"checkpoint '{name}' of disk '{disk}' is not deleted yet: {e}") from e
         if deleted:
-            log.info("checkpoint %s of disk %s deleted", name, disk)
+            _tell_checkpoint(Event.CHECKPOINT_DELETED, "deleted", disk, name)
         return deleted
 
     def close(self) -> None:
@@ -317,4 +333,10 @@ def _end(disk: Disk, snapshots: Sequence[Snapshot]) -> None:
 
 def _report_broken(node: SnapshotAccess, cause: str) -> None:
     """From any thread; by then the snapshot already reports the cause to every read."""
-    log.error("snapshot %s is broken: %s", node.name, cause)
+    fields = of_export(node.name)
+    text = "snapshot %s is broken: %s"
+    tell(log, logging.ERROR, Event.SNAPSHOT_BROKEN, text, node.name, cause, reason=cause, **fields)
+
+
+def _tell_checkpoint(event: Event, done: str, disk: str, name: str) -> None:
+    tell(log, logging.INFO, event, "checkpoint %s of disk %s %s", name, disk, done, disk=disk, checkpoint=name)

@@ -9,7 +9,8 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fleecing.block.copy_before_write import OnCbwError
-from fleecing.control.fields import Name, Size, TempLimit
+from fleecing.control.fields import ExportName, Name, Size, TempLimit
+from fleecing.control.logs import LogFormat, LogLevel
 from fleecing.control.state import SnapshotMode
 from fleecing.pull.destination import Format
 from fleecing.units import MiB
@@ -297,6 +298,23 @@ class ClientInfo(_Model):
     requests: int
     bytes_read: int
     bytes_written: int
+
+
+class LogInfo(_Model):
+    """What is logged, and how."""
+
+    format: LogFormat
+    level: LogLevel
+    debug_exports: list[str] = Field(description="exports whose every request is logged, at any level")
+
+
+class LogChange(_Model):
+    """Change what is logged, from now on until the server ends; null = as it is."""
+
+    level: LogLevel | None = Field(default=None, description="lines below it are not written")
+    debug_exports: list[ExportName] | None = Field(
+        default=None, description="log every request of these exports and of no others, DISK or DISK@SNAPSHOT"
+    )
 
 
 class Status(_Model):

@@ -31,6 +31,15 @@ def export_name(disk: str, snapshot: str) -> str:
     return f"{disk}@{snapshot}"
 
 
+def check_export(text: str) -> str:
+    """The same text if it may name an export, DISK or DISK@SNAPSHOT. Raises ValueError."""
+    disk, at, snapshot = text.partition("@")
+    check_name(disk)
+    if at:
+        check_name(snapshot)
+    return text
+
+
 def split_export(text: str) -> tuple[str, str]:
     """(disk, snapshot) of "DISK@SNAPSHOT". Raises ValueError where it is something else."""
     disk, at, snapshot = text.partition("@")

@@ -15,18 +15,19 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 import fleecing
 from fleecing.control.models import Problem
 
-Handler = Callable[[web.Request], Awaitable[web.Response]]
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _SCHEMA = "#/components/schemas/{model}"
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A query parameter: a whole number of 0 or more, or text."""
+    """A query parameter, or a header: a whole number of 0 or more, or text."""
 
     name: str
     description: str
     text: bool = False
+    place: str = "query"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def _operation(route: Route) -> dict[str, Any]:
     for parameter in route.query:
         schema = {"type": "string"} if parameter.text else {"type": "integer", "minimum": 0}
         parameters.append(
-            {"name": parameter.name, "in": "query", "description": parameter.description, "schema": schema}
+            {"name": parameter.name, "in": parameter.place, "description": parameter.description, "schema": schema}
         )
     answer = _reference(route.answer) if route.answer is not None else {}
     responses = {

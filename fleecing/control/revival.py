@@ -23,6 +23,7 @@ from fleecing.control.names import export_name
 from fleecing.control.state import SnapshotMode, SnapshotRecord, boot_id, read_json
 from fleecing.control.store import BITMAP_NAME, COPIED_NAME, RECORD_NAME, SCOPE_NAME, TEMP_NAME, TRIMMED_NAME
 from fleecing.errors import BlockError, ImageError, SnapshotBroken
+from fleecing.events import Event, of_export, tell
 from fleecing.server.export import Bitmap, lost_export, snapshot_export
 from fleecing.units import format_size
 
@@ -52,13 +53,14 @@ def _revive(disk: Disk, name: str, verdict: Verdict, on_broken: OnBroken) -> Sna
         reason = disk.folder.broken_mark(name) or note or _distrust(record, verdict)
         if reason is None:
             snapshot = _go_on(disk, record, on_broken, power_lost=verdict.power_lost)
-            log.info("snapshot %s goes on, temp %s", snapshot.export.name, snapshot.node.temp_path)
+            snapshot.tell(log, Event.SNAPSHOT_RESUMED, "snapshot %s goes on, temp %s", snapshot.node.temp_path)
             return snapshot
     except (OSError, BlockError) as e:
         cause = e.cause if isinstance(e, SnapshotBroken) else str(e)
         reason = disk.folder.broken_mark(name) or note or cause
     disk.folder.mark_broken(name, reason)
-    log.warning("snapshot %s is broken: %s", export_name(disk.name, name), reason)
+    export, text = export_name(disk.name, name), "snapshot %s is broken: %s"
+    tell(log, logging.WARNING, Event.SNAPSHOT_BROKEN, text, export, reason, reason=reason, **of_export(export))
     return _lost(disk, name, record, reason)
 
 
@@ -115,13 +117,20 @@ def make_snapshot(disk: Disk, record: SnapshotRecord, node: SnapshotAccess, bits
 def _report_pressure(node: SnapshotAccess) -> None:
     """From any thread, once each time that the watermark is reached."""
     if node.broken is None and node.temp_limit is not None:
-        log.warning(
+        used, limit = node.temp_used(), node.temp_limit
+        tell(
+            log,
+            logging.WARNING,
+            Event.TEMP_PRESSURE,
             "snapshot %s: temp is nearly full, %s of its limit of %s are in use; "
             "`fleecing snapshot set %s --temp-limit SIZE` makes room",
             node.name,
-            format_size(node.temp_used()),
-            format_size(node.temp_limit),
+            format_size(used),
+            format_size(limit),
             node.name,
+            used=used,
+            limit=limit,
+            **of_export(node.name),
         )
 
 

@@ -136,6 +136,11 @@ class Cmd(IntEnum):
     BLOCK_STATUS = 7
 
 
+def command_name(number: int) -> str:
+    """The command's name; of one that nobody knows, its number."""
+    return Cmd(number).name if number <= max(Cmd) else f"command {number}"
+
+
 class CmdFlag(IntFlag):
     """Section "Command flags", 16 bits."""
 

@@ -28,9 +28,11 @@ from collections.abc import Callable
 
 from fleecing.block.change_pool import Superseded
 from fleecing.errors import ProtocolError
-from fleecing.nbd.constants import EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, Cmd, CmdFlag, ReplyMode
+from fleecing.events import Event, of_export, tell
+from fleecing.nbd.constants import EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, Cmd, CmdFlag, ReplyMode, command_name
 from fleecing.nbd.handshake import Agreement
 from fleecing.nbd.transmission import EXTENDED_REQUEST, REQUEST, data_header, payload_length
+from fleecing.server import messages
 from fleecing.server.budget import Budget
 from fleecing.server.export import MAXIMUM_PAYLOAD, Export, answer_to
 from fleecing.server.limits import Limits
@@ -41,6 +43,7 @@ from fleecing.server.tls import Stream, TlsSocket
 from fleecing.units import MiB
 
 log = logging.getLogger(__name__)
+message_log = messages.log
 
 RECEIVE_SIZE = MiB
 """Bytes of the receive buffer. A WRITE that does not fit is written piece by piece as it comes in."""
@@ -141,7 +144,7 @@ class Connection:
         try:
             thread.start()
         except RuntimeError as e:  # none to be had: the one that hangs closes the connection when it is back
-            log.warning("client %s of %s dropped: %s", self.peer, self.export_name, e)
+            self._tell_dropped(str(e), logging.WARNING)
             self.kill()
             return
         self._thread = thread
@@ -155,7 +158,7 @@ class Connection:
                     break
             self._out.send()
         except ProtocolError as e:
-            log.info("client %s of %s dropped: %s", self.peer, self.export_name, e)
+            self._tell_dropped(str(e))
         except OSError as e:
             log.debug("x %s of %s: %s", self.peer, self.export_name, e)
         except Exception:
@@ -166,12 +169,28 @@ class Connection:
             if not superseded:
                 self._close()
 
+    def _tell_dropped(self, reason: str, level: int = logging.INFO) -> None:
+        text = "client %s of %s dropped: %s"
+        fields = of_export(self.export_name)
+        tell(
+            log,
+            level,
+            Event.CLIENT_DROPPED,
+            text,
+            self.peer,
+            self.export_name,
+            reason,
+            client=self.peer,
+            reason=reason,
+            **fields,
+        )
+
     def _close(self) -> None:
         """Let the waiting requests end and answer, then hang up."""
         self._service.wait_idle()
         self._out.settle()
         if self._out.stuck:
-            log.info("client %s of %s dropped: it does not read what is sent to it", self.peer, self.export_name)
+            self._tell_dropped("it does not read what is sent to it")
         if isinstance(self._sock, TlsSocket):
             self._sock.end()
         self._shutdown(socket.SHUT_RDWR)
@@ -237,13 +256,13 @@ class Connection:
         read_cached = self._read_cached
         data_size = len(data_header(mode, 0, 0, 1))
         writes, longest_write, plain_write = self._writes, service.longest_write, self._plain_write
-        debug = log.isEnabledFor(logging.DEBUG)
+        debug = message_log.isEnabledFor(logging.DEBUG) and messages.wanted(self.export_name)
         while self._end - self._start >= header_size:
             magic, flags, command, cookie, offset, length = unpack(buffer, self._start)
             if magic != right_magic:
                 raise ProtocolError(f"request with magic {magic:#x}: the stream is out of step")
             if debug:
-                log.debug("< %s %s flags %#x cookie %#x %d+%d", self.peer, command, flags, cookie, offset, length)
+                self._log_request(command, flags, cookie, offset, length)
             if command == _READ and not flags and 0 < length <= LARGEST_PIECE and offset + length <= size:
                 # The hot path: what `Service.serve` does for the plain READ, in line.
                 self._start += header_size
@@ -287,6 +306,10 @@ class Connection:
             if out.used >= GATHER:
                 out.send()
         return True
+
+    def _log_request(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
+        text = "< %s of %s: %s flags %#x cookie %#x %d+%d"
+        message_log.debug(text, self.peer, self.export_name, command_name(command), flags, cookie, offset, length)
 
     def _serve_payload(
         self, command: int, flags: int, cookie: int, offset: int, length: int, header_size: int, payload: int

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from fleecing.events import Event, tell
 from fleecing.server.limits import Limits
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Door:
             self._untold += 1
             return False
         more = f", and {self._untold} others before it" if self._untold else ""
-        log.warning("client %s turned away: %s%s", peer, reason, more)
+        text = "client %s turned away: %s%s"
+        tell(log, logging.WARNING, Event.CLIENT_TURNED_AWAY, text, peer, reason, more, client=peer, reason=reason)
         self._quiet_until, self._untold = now + QUIET_SECONDS, 0
         return False

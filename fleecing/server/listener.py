@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterable
 
 from fleecing.errors import ProtocolError
+from fleecing.events import Event, of_export, tell
 from fleecing.nbd.handshake import ServerHandshake, TlsMode
 from fleecing.server.access import Catalog, ClientCatalog, Policy
 from fleecing.server.budget import Budget
@@ -128,9 +129,9 @@ class NbdServer:
             if connection is not None and not self._start(connection):
                 connection = None
         except ProtocolError as e:
-            log.info("client %s dropped in the handshake: %s", peer, e)
+            self._tell_dropped(peer, f"{e}", "client %s dropped in the handshake: %s")
         except TimeoutError:
-            log.info("client %s dropped: no end of the handshake in %g s", peer, self._limits.handshake_seconds)
+            self._tell_dropped(peer, f"no end of the handshake in {self._limits.handshake_seconds:g} s")
         except OSError as e:
             log.debug("x %s in the handshake: %s", peer, e)
         except Exception:
@@ -140,7 +141,17 @@ class NbdServer:
                 self._door.leave(ip)
                 sock.close()
         if connection is not None:
-            log.info("client %s opened %s", peer, connection.export_name)
+            name = connection.export_name
+            tell(
+                log,
+                logging.INFO,
+                Event.CLIENT_CAME,
+                "client %s opened %s",
+                peer,
+                name,
+                client=peer,
+                **of_export(name),
+            )
 
     def _start(self, connection: Connection) -> bool:
         """List the connection and have it served; False where the system has no thread left for it."""
@@ -149,7 +160,7 @@ class NbdServer:
             connection.start()
         except RuntimeError as e:  # clients that leave make room
             self._connections.discard(connection)
-            log.warning("client %s dropped: %s", connection.peer, e)
+            self._tell_dropped(connection.peer, str(e), level=logging.WARNING)
             return False
         self._idle.clear()
         return True
@@ -172,7 +183,7 @@ class NbdServer:
         name = handshake.agreement.export.name
         export = catalog.open(name)
         if export is None:
-            log.info("client %s dropped: %s is gone", peer, name)
+            self._tell_dropped(peer, f"{name} is gone")
             return None
         if isinstance(catalog, ClientCatalog):
             log.info("client %s (%s) may do with %s: %s", peer, catalog.client, name, catalog.access(name))
@@ -229,14 +240,29 @@ class NbdServer:
         self._door.leave(ip)
         if not self._connections:
             self._idle.set()
-        log.info(
+        tell(
+            log,
+            logging.INFO,
+            Event.CLIENT_LEFT,
             "client %s left %s: %d requests, %d bytes read, %d written",
             connection.peer,
             connection.export_name,
             connection.requests,
             connection.bytes_read,
             connection.bytes_written,
+            client=connection.peer,
+            requests=connection.requests,
+            bytes_read=connection.bytes_read,
+            bytes_written=connection.bytes_written,
+            **of_export(connection.export_name),
         )
+
+    @staticmethod
+    def _tell_dropped(
+        peer: str, reason: str, text: str = "client %s dropped: %s", *, level: int = logging.INFO
+    ) -> None:
+        """Of a client that is no connection yet."""
+        tell(log, level, Event.CLIENT_DROPPED, text, peer, reason, client=peer, reason=reason)
 
 
 def _tune(sock: socket.socket, limits: Limits) -> None:

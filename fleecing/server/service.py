@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fleecing.errors import BlockError, RequestError
-from fleecing.nbd.constants import Cmd, CmdFlag, NbdError, ReplyMode
+from fleecing.nbd.constants import Cmd, CmdFlag, NbdError, ReplyMode, command_name
 from fleecing.nbd.handshake import Agreement
 from fleecing.nbd.transmission import (
     block_status_reply,
@@ -22,6 +22,7 @@ from fleecing.nbd.transmission import (
     error_reply,
     status_payload,
 )
+from fleecing.server import messages
 from fleecing.server.budget import Budget
 from fleecing.server.export import Export, answer_to
 from fleecing.server.limits import Limits
@@ -73,6 +74,7 @@ class Service:
         contexts = export.contexts(name for _, name in agreement.contexts)
         self._contexts = dict(zip(numbers, contexts, strict=True))
         self._node = export.node
+        self._export_name = export.name
         self._receipts = receipts
         self._changes = export.changes
         self._submit_trim = export.submit_trim
@@ -89,6 +91,7 @@ class Service:
 
     def refuse(self, cookie: int, offset: int, error: RequestError) -> None:
         """The reply of a request that failed; the text goes with it where replies are structured."""
+        messages.log_refusal(self._export_name, cookie, error)
         self._out.put(error_reply(self._mode, cookie, offset, error.error, error.text))
 
     def _done(self, cookie: int, offset: int) -> None:
@@ -105,6 +108,7 @@ class Service:
                 reply = done_reply(self._mode, cookie, offset)
             else:
                 failure = answer_to(error, doing)
+                messages.log_refusal(self._export_name, cookie, failure)
                 reply = error_reply(self._mode, cookie, offset, failure.error, failure.text)
             self._out.late(reply)
             self._share.give_back(held)
@@ -234,8 +238,7 @@ class Service:
             else:
                 self._change(Cmd(command), flags, cookie, offset, length)
         except Exception as e:
-            name = Cmd(command).name if command <= max(Cmd) else f"command {command}"
-            self.refuse(cookie, offset, answer_to(e, f"{name} of {length} bytes at {offset}"))
+            self.refuse(cookie, offset, answer_to(e, f"{command_name(command)} of {length} bytes at {offset}"))
 
     def _block_status(self, flags: int, cookie: int, offset: int, length: int, contexts: tuple[int, ...]) -> None:
         nodes = [self._contexts[number] for number in contexts]
@@ -309,6 +312,7 @@ class Service:
                 self._read_piece(header, start, count)
             except Exception as e:
                 failure = answer_to(e, f"READ of {count} bytes at {start}")
+                messages.log_refusal(self._export_name, cookie, failure)
                 self._out.put(error_reply(self._mode, cookie, offset, failure.error, failure.text, at=start))
                 return False
             if self._out.used >= GATHER:

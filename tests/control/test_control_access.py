@@ -14,7 +14,9 @@ from aiohttp import web
 
 from fleecing.control.api import make_app
 from fleecing.control.config import make_settings
+from fleecing.control.event_stream import EventRing, EventStream
 from fleecing.control.jobs import Jobs
+from fleecing.control.logs import Logs
 from fleecing.control.report import Reporter
 from fleecing.control.sockets import bind_unix
 from fleecing.errors import ConfigError
@@ -102,7 +104,11 @@ def test_a_server_that_is_not_root_serves_its_own_user_and_root(folder: Path, mo
         class NoReporter:
             manager = None
 
-        runner = web.AppRunner(make_app(cast(Reporter, NoReporter()), cast(Jobs, None)))
+        runner = web.AppRunner(
+            make_app(
+                cast(Reporter, NoReporter()), cast(Jobs, None), EventStream(cast(EventRing, None)), cast(Logs, None)
+            )
+        )
         await runner.setup()
         await web.SockSite(runner, bind_unix(str(control), 0o666)).start()
         answers = [await ask(*front) for front in users]
