@@ -1,4 +1,4 @@
-"""A guest that writes while a snapshot is pulled, with TRIM behind the read head."""
+"""A guest that writes while a snapshot is pulled, with TRIM behind the read head or none, or read once."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from fleecing.units import KiB, MiB
+from scripts.benchmark.contenders.ours import Ours
 from scripts.benchmark.house import House
 from scripts.benchmark.load import MB, Fio
 from scripts.benchmark.model import Figures, Measure, Offer
@@ -82,15 +85,34 @@ def temp_peak(house: House) -> Measure:
     """A measure: the most temp space of a pull with TRIM, against the same pull without, while the guest writes."""
 
     def measure(offer: Offer) -> Figures:
-        with_trim = _peak(house, offer, trim=True)
+        rate = house.settings.size / MB / PULL_SECONDS
+        with_trim = _peak(house, offer, lambda: _pull(house, offer.snapshot, trim=True, rate=rate))
         with offer.server.snapshot() as another:
-            without = _peak(house, another, trim=False)
+            without = _peak(house, another, lambda: _pull(house, another.snapshot, trim=False, rate=rate))
         return {"peak": with_trim / MiB, "peak_share": with_trim / without}
 
     return measure
 
 
-def _peak(house: House, offer: Offer, *, trim: bool) -> int:
+def read_once_peak(house: House, command: Callable[[str], list[str]]) -> Measure:
+    """A measure: the same of a client that sends no TRIM, of a read-once snapshot and of a plain one.
+
+    The client goes as fast as it can. `command` gives what to run for a URI.
+    """
+
+    def measure(offer: Offer) -> Figures:
+        server = offer.server
+        assert isinstance(server, Ours)
+        peaks = []
+        for read_once in (True, False):
+            with server.snapshot(read_once=read_once) as made:
+                peaks.append(_peak(house, made, partial(run, command(made.snapshot), house.log)))
+        return {"peak": peaks[0] / MiB, "peak_share": peaks[0] / peaks[1]}
+
+    return measure
+
+
+def _peak(house: House, offer: Offer, pull: Callable[[], object]) -> int:
     """Bytes of disk space that temp had at most during a pull."""
     writer = Writer(house, offer.disk, depth=16, rate=GUEST_RATE)
     over = threading.Event()
@@ -104,7 +126,7 @@ def _peak(house: House, offer: Offer, *, trim: bool) -> int:
     looker = threading.Thread(target=look)
     looker.start()
     try:
-        _pull(house, offer.snapshot, trim=trim, rate=house.settings.size / MB / PULL_SECONDS)
+        pull()
     finally:
         over.set()
         looker.join()

@@ -110,22 +110,24 @@ def fio(house: House, job: Fio, target: Target = disk) -> Measure:
 def nbdcopy(house: House, connections: int, target: Target = disk) -> Measure:
     """A measure: a full pull to nowhere."""
 
-    def measure(offer: Offer) -> Figures:
-        command = ["nbdcopy", f"--connections={connections}", target(offer), "null:"]
-        return _pull(house, offer, command)
-
-    return measure
+    return lambda offer: _pull(house, offer, nbdcopy_to_nowhere(target(offer), connections))
 
 
 def convert(house: House, target: Target = disk) -> Measure:
     """A measure: `qemu-img convert` to nowhere."""
 
-    def measure(offer: Offer) -> Figures:
-        sink = f"driver=null-co,size={house.settings.size}"
-        command = ["qemu-img", "convert", "-n", "-f", "raw", "--target-image-opts", target(offer), sink]
-        return _pull(house, offer, command)
+    return lambda offer: _pull(house, offer, convert_to_nowhere(target(offer), house.settings.size))
 
-    return measure
+
+def nbdcopy_to_nowhere(uri: str, connections: int) -> list[str]:
+    """What to run."""
+    return ["nbdcopy", f"--connections={connections}", uri, "null:"]
+
+
+def convert_to_nowhere(uri: str, size: int) -> list[str]:
+    """What to run; `size` in bytes."""
+    sink = f"driver=null-co,size={size}"
+    return ["qemu-img", "convert", "-n", "-f", "raw", "--target-image-opts", uri, sink]
 
 
 def _pull(house: House, offer: Offer, command: list[str]) -> Figures:

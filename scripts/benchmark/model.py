@@ -35,7 +35,7 @@ METRICS: Mapping[str, Metric] = {
     "pull_mb": Metric("MB/s of the pull", more_is_better=True),
     "peak": Metric("MiB of temp at most"),
     "kept": Metric("of it without tracking", more_is_better=True),
-    "peak_share": Metric("of the peak without TRIM"),
+    "peak_share": Metric("of the peak without that"),
 }
 
 

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from fleecing.units import KiB, TiB
 from scripts.benchmark.contenders.plain import NBDKIT
 from scripts.benchmark.contenders.table import OURS, QSDS
-from scripts.benchmark.guest import during_pull, temp_peak
+from scripts.benchmark.guest import during_pull, read_once_peak, temp_peak
 from scripts.benchmark.house import House
-from scripts.benchmark.load import Fio, block_status, convert, fio, nbdcopy, snapshot
+from scripts.benchmark.load import (
+    Fio,
+    block_status,
+    convert,
+    convert_to_nowhere,
+    fio,
+    nbdcopy,
+    nbdcopy_to_nowhere,
+    snapshot,
+)
 from scripts.benchmark.model import Against, Goal, Image, Row, Snapshot, Stage, Transport
 from scripts.benchmark.rows_disk import PULL, at_least
 from scripts.benchmark.sparse import creation
 from scripts.benchmark.tracking import checkpoints, tracked_writes
 
 FLEECING = (OURS, *QSDS)
+
+_HALF = (Goal("peak_share", 0.5, Against.NOTHING, at_most=True),)
 
 
 def snapshot_rows(house: House) -> Iterator[Row]:
@@ -25,6 +36,7 @@ def snapshot_rows(house: House) -> Iterator[Row]:
             yield from _reads(house, share, transport)
     yield from _guest(house)
     yield from _during_pull(house)
+    yield from _read_once(house)
     yield from _extents(house)
     yield from _sparse()
     yield from _tracking(house)
@@ -147,8 +159,27 @@ def _during_pull(house: House) -> Iterator[Row]:
         FLEECING,
         temp_peak(house),
         shown=("peak", "peak_share"),
-        goals=(Goal("peak_share", 0.5, Against.NOTHING, at_most=True),),
+        goals=_HALF,
     )
+
+
+def _read_once(house: House) -> Iterator[Row]:
+    """Peers have nothing of the kind."""
+    commands: list[tuple[str, str, Callable[[str], list[str]]]] = [
+        ("nbdcopy-4", "nbdcopy, 4 connections", lambda uri: nbdcopy_to_nowhere(uri, 4)),
+        ("convert", "qemu-img convert", lambda uri: convert_to_nowhere(uri, house.settings.size)),
+    ]
+    for name, program, command in commands:
+        yield Row(
+            f"read-once-{name}-unix",
+            f"temp space of a pull with --read-once, random writes meanwhile, {program}",
+            Stage(),
+            (OURS,),
+            read_once_peak(house, command),
+            shown=("peak", "peak_share"),
+            goals=_HALF,
+            dirties=True,
+        )
 
 
 def _extents(house: House) -> Iterator[Row]:

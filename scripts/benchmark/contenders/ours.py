@@ -37,9 +37,10 @@ class Ours:
         self.uri = str(self._control.request("GET", "/v1/disks")["disks"][0]["uris"][0])
 
     @contextmanager
-    def snapshot(self) -> Iterator[Offer]:
+    def snapshot(self, *, read_once: bool = False) -> Iterator[Offer]:
+        body = {"disks": ["vda"], "name": f"s{time.monotonic_ns()}", "read_once": read_once}
         start = time.monotonic()
-        made = self._control.request("POST", "/v1/snapshots", {"disks": ["vda"], "name": f"s{time.monotonic_ns()}"})
+        made = self._control.request("POST", "/v1/snapshots", body)
         seconds = time.monotonic() - start
         info = made["snapshots"][0]
         try:
