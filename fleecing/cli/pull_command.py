@@ -21,6 +21,7 @@ from fleecing.nbd.uri import NbdUri
 from fleecing.pull.chain import new_chain
 from fleecing.pull.destination import Destination, Format
 from fleecing.pull.engine import Check, PullOptions, PullReport, Trim, pull
+from fleecing.pull.limiter import Bandwidth
 from fleecing.pull.qcow2_codec import Compression
 from fleecing.units import format_size, parse_size
 
@@ -36,6 +37,7 @@ def _rate(text: str) -> int:
 
 
 BANDWIDTH = Checked("SIZE", _rate)
+NEW_BANDWIDTH = Checked("SIZE|none", lambda text: 0 if text == "none" else _rate(text))
 
 
 @click.command(
@@ -202,7 +204,7 @@ def make_options(
         depth=depth,
         trim=Trim.NEVER if no_trim else Trim.SNAPSHOT,
         reconnect=reconnect,
-        bandwidth=bandwidth,
+        bandwidth=None if bandwidth is None else Bandwidth(bandwidth),
         bitmap="" if no_bitmap else bitmap,
         check=Check.NONE if no_check else Check.CRC32,
     )

@@ -11,7 +11,7 @@ import click
 from fleecing.cli.control_client import ControlClient
 from fleecing.cli.output import print_json, table
 from fleecing.cli.params import control_option, json_option
-from fleecing.cli.pull_command import BANDWIDTH
+from fleecing.cli.pull_command import BANDWIDTH, NEW_BANDWIDTH
 from fleecing.errors import ControlError
 from fleecing.units import format_size
 
@@ -81,7 +81,7 @@ def _wait(client: ControlClient, job: dict[str, Any]) -> dict[str, Any]:
 
 @click.group()
 def job() -> None:
-    """Look at pushes, and cancel them."""
+    """Look at pushes, change and cancel them."""
 
 
 @job.command("list")
@@ -103,6 +103,17 @@ def list_jobs(*, control: str, as_json: bool) -> None:
 def show(*, number: int, control: str, as_json: bool) -> None:
     """Show one push."""
     _print(ControlClient(control).request("GET", f"/v1/jobs/{number}"), as_json=as_json)
+
+
+@job.command("set")
+@click.argument("number", metavar="ID", type=int)
+@click.option("--bandwidth", type=NEW_BANDWIDTH, required=True, help="Most bytes a second, as in 50M, or none.")
+@control_option
+@json_option
+def set_job(*, number: int, bandwidth: int, control: str, as_json: bool) -> None:
+    """Change a push that runs."""
+    change = {"bandwidth": bandwidth or None}
+    _print(ControlClient(control).request("PATCH", f"/v1/jobs/{number}", change), as_json=as_json)
 
 
 @job.command()
@@ -128,7 +139,8 @@ def _table(jobs: list[dict[str, Any]]) -> str:
             job["source"],
             job["target"],
             format_size(job["done"]) + ("" if job["total"] is None else f" of {format_size(job['total'])}"),
-            f"{format_size(job['rate'])}/s",
+            f"{format_size(job['rate'])}/s"
+            + (f", limit {format_size(job['bandwidth'])}/s" if job["bandwidth"] else ""),
             job["state"] + (f": {job['error']}" if job["error"] else ""),
         )
         for job in jobs

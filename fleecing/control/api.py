@@ -26,6 +26,7 @@ from fleecing.control.models import (
     Deleted,
     DiskList,
     ExtentPage,
+    JobChange,
     JobInfo,
     JobList,
     LogChange,
@@ -176,6 +177,15 @@ class _Api:
                 problems=(400, 404, 409, 503, 507),
             ),
             Route("GET", _JOB, self.show_job, "One push", JobInfo, problems=(400, 404)),
+            Route(
+                "PATCH",
+                _JOB,
+                self.change_job,
+                "Change the bandwidth of a push that runs",
+                JobInfo,
+                body=JobChange,
+                problems=(400, 404, 409),
+            ),
             Route("DELETE", _JOB, self.cancel_job, "Stop a push; answers when it ended", JobInfo, problems=(400, 404)),
         )
 
@@ -228,6 +238,14 @@ class _Api:
 
     async def show_job(self, request: web.Request) -> web.Response:
         return _answer(self._jobs.get(request.match_info["id"]).info())
+
+    async def change_job(self, request: web.Request) -> web.Response:
+        job = self._jobs.get(request.match_info["id"])
+        try:
+            wanted = JobChange.model_validate_json(await request.read())
+        except ValidationError as e:
+            raise ControlError(400, explain(e)) from None
+        return _answer(job.change(wanted))
 
     async def cancel_job(self, request: web.Request) -> web.Response:
         job = self._jobs.get(request.match_info["id"])

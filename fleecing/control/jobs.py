@@ -18,12 +18,13 @@ from fleecing.block.snapshot_access import SnapshotAccess
 from fleecing.control.disk import Snapshot
 from fleecing.control.fields import Name
 from fleecing.control.manager import Manager
-from fleecing.control.models import JobInfo, JobState, PushRequest, SnapshotRequest
+from fleecing.control.models import JobChange, JobInfo, JobState, PushRequest, SnapshotRequest
 from fleecing.control.state import Kept, read_json, remove, write_json
 from fleecing.errors import ControlError, FleecingError, ImageError
 from fleecing.events import Event, Value, of_export, tell
 from fleecing.pull.destination import Destination, Format
 from fleecing.pull.engine import Progress, PullOptions, Trim, copy
+from fleecing.pull.limiter import Bandwidth
 from fleecing.pull.node_source import NodeSource
 from fleecing.pull.qcow2_codec import Compression
 from fleecing.pull.target import PART
@@ -64,6 +65,7 @@ class Job:
         self._started = datetime.now(UTC)
         self._ended: datetime | None = None
         self._cancelled = threading.Event()
+        self._bandwidth = Bandwidth(request.bandwidth or 0)
         self._destination = _destination(request)
         disk, at, name = request.source.partition("@")
         for known in manager.disks.values():
@@ -101,9 +103,17 @@ class Job:
             total=told.total if told else None,
             data=told.data if told else 0,
             rate=round(told.rate) if told else 0,
+            bandwidth=self._bandwidth.rate or None,
             started=self._started,
             ended=self._ended,
         )
+
+    def change(self, change: JobChange) -> JobInfo:
+        """Raises ControlError where it has ended."""
+        if self.state is not JobState.RUNNING:
+            raise ControlError(409, f"job {self.number} has ended ({self.state}): nothing of it can be changed")
+        self._bandwidth.set(change.bandwidth or 0)
+        return self.info()
 
     def _tell_started(self) -> None:
         text = "job %d: pushing %s to %s"
@@ -160,7 +170,7 @@ class Job:
             connections=THREADS,
             depth=1,
             trim=Trim.SNAPSHOT if self._request.trim else Trim.NEVER,
-            bandwidth=self._request.bandwidth,
+            bandwidth=self._bandwidth,
         )
         node.retain()
         try:

@@ -130,6 +130,12 @@ class PushRequest(_Model):
     trim: bool = Field(default=True, description="give up what the target has: temp space is free at once")
 
 
+class JobChange(_Model):
+    """Change a push while it runs."""
+
+    bandwidth: Size | None = Field(gt=0, description="most bytes a second, or text as '50M'; null = no limit")
+
+
 class JobInfo(_Model):
     """A push."""
 
@@ -142,6 +148,7 @@ class JobInfo(_Model):
     total: int | None
     data: int = Field(description="bytes that were read")
     rate: int = Field(description="bytes of data a second")
+    bandwidth: int | None = Field(description="most bytes a second that it may take")
     started: datetime
     ended: datetime | None
 

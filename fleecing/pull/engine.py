@@ -73,7 +73,7 @@ class PullOptions:
     """`piece` in bytes, `timeout` in seconds for each answer; `connections` only where the export can share them.
 
     `reconnect`: for how many seconds without an answer a lost connection is tried again; 0 = a loss is the end.
-    `bandwidth` in bytes a second. `bitmap`: see Source.
+    `bandwidth` may be changed meanwhile; pieces get small where it is. `bitmap`: see Source.
     """
 
     connections: int = 4
@@ -82,7 +82,7 @@ class PullOptions:
     trim: Trim = Trim.SNAPSHOT
     timeout: float = 60.0
     reconnect: float = 0.0
-    bandwidth: int | None = None
+    bandwidth: Bandwidth | None = None
     bitmap: str | None = None
     check: Check = Check.NONE
 
@@ -226,7 +226,7 @@ class _Pull:
         self.target = target
         self.depth = options.depth
         self.reconnect = options.reconnect
-        self.bandwidth = Bandwidth(options.bandwidth) if options.bandwidth else None
+        self.bandwidth = options.bandwidth
         self.check = _CHECKS[options.check]
         self.trims = _may_trim(source, options.trim)
         self.changed = Condition()
@@ -242,7 +242,7 @@ class _Pull:
         if journal is not None:
             _compare(journal, target, self.check)
         done = [] if journal is None else journal.ranges()
-        self.plan = Plan(first.size, cluster=cluster, data_piece=min(options.piece, first.maximum_payload), done=done)
+        self.plan = Plan(first.size, cluster=cluster, data_piece=min(_piece(options), first.maximum_payload), done=done)
         self.piece = self.plan.data_piece
         self._resumed = sum(end - start for start, end in done)
         if journal is not None and self.trims:
@@ -305,6 +305,8 @@ class _Pull:
             self.stopped.set()
             for connection in self._connections:
                 connection.abort()
+        if self.bandwidth is not None:
+            self.bandwidth.stop()
         self.target.cancel()
         with self.changed:
             self.changed.notify_all()
@@ -350,6 +352,12 @@ class _Pull:
             self._journal.trim(piece)
         with self._lock:
             self._trimmed += piece.length
+
+
+def _piece(options: PullOptions) -> int:
+    """Bytes of the longest piece: where there is a limit, no more than comes in a quarter of a second."""
+    rate = 0 if options.bandwidth is None else options.bandwidth.rate
+    return min(options.piece, rate // 4) if rate else options.piece
 
 
 def _cluster(connection: AnyConnection, target: Target) -> int:

@@ -92,15 +92,19 @@ class Worker:
                     break
                 self._start(piece, self._buffers.pop())
             if self._on_the_way:
-                request = self._connection.next_finished()
-                if request.error is not None:
-                    raise request.error
-                self._lost_at = None
-                self._answered(request)
+                self._take_answer()
             elif self._shared.plan.exhausted:
                 return
             else:
                 self._wait_for_room()
+
+    def _take_answer(self) -> None:
+        """Whichever comes first. Raises its error."""
+        request = self._connection.next_finished()
+        if request.error is not None:
+            raise request.error
+        self._lost_at = None
+        self._answered(request)
 
     def _wait_for_room(self) -> None:
         """The target takes nothing further on before others have written what comes first."""
@@ -122,8 +126,20 @@ class Worker:
             self._kept(piece, buffer, NO_CHECK)
             return
         if shared.bandwidth is not None and not piece.is_kept:
-            shared.stopped.wait(shared.bandwidth.delay(piece.length))
+            try:
+                self._wait_for_turn(shared.bandwidth, piece.length)
+            except BaseException:
+                shared.plan.put_back(piece)
+                self._buffers.append(buffer)
+                raise
         self._send(piece, buffer)
+
+    def _wait_for_turn(self, bandwidth: Bandwidth, length: int) -> None:
+        """What is on its way is taken first: a server drops who leaves its answers unread for long."""
+        turn = bandwidth.book(length)
+        while self._on_the_way and not bandwidth.is_due(turn):
+            self._take_answer()
+        bandwidth.wait(turn)
 
     def _send(self, piece: Piece, buffer: bytearray) -> None:
         """Ask for the piece, or to trim it."""

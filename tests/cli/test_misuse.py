@@ -50,6 +50,8 @@ def fleecing(*words: str) -> Result:
         ("pull a@b copy --compress zstd", "goes with the format qcow2"),
         ("pull a@b copy.qcow2 --existing", "is for new files"),
         ("pull a@b copy --bandwidth 0", "never come to an end"),
+        ("job set 1", "Missing option '--bandwidth'"),
+        ("job set 1 --bandwidth 0", "never come to an end"),
         ("pull a@b dir --chain --existing", "--existing does not go with --chain"),
         ("pull a@b dir --chain --format raw", "--format raw does not go with --chain"),
         ("restore x", "Missing argument 'TARGET'"),

@@ -101,6 +101,19 @@ def test_a_push_that_is_cancelled_leaves_nothing(pushing: Pushing) -> None:
     assert "there is no job 77" in pushing("job", "cancel", "77", expect=1).stderr
 
 
+def test_the_bandwidth_of_a_push_is_changed_while_it_runs(pushing: Pushing) -> None:
+    copy = pushing.folder / "copy"
+    number = pushing("push", "vda", copy, "--bandwidth", "1", "--no-wait").stdout.strip()
+    assert pushing.control.request("GET", f"/v1/jobs/{number}")["bandwidth"] == 1  # so it would take weeks
+    assert "limit 2 B/s" in pushing("job", "set", number, "--bandwidth", "2").stdout
+    assert json.loads(pushing("job", "set", number, "--bandwidth", "none", "--json").stdout)["bandwidth"] is None
+    while (job := pushing.control.request("GET", f"/v1/jobs/{number}"))["state"] == "running":
+        pass
+    assert (job["state"], copy.read_bytes()) == ("done", pushing.image.read_bytes())
+    result = pushing("job", "set", number, "--bandwidth", "1M", expect=1)
+    assert result.stderr == f"Error: job {number} has ended (done): nothing of it can be changed\n"
+
+
 def test_a_push_that_fails_leaves_nothing(pushing: Pushing) -> None:
     for target, problem in (("/proc/copy", "/proc/copy"), (pushing.image, "is there already")):
         assert problem in pushing("push", "vda", target, expect=1).stderr

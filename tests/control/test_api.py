@@ -218,6 +218,7 @@ def test_the_document_describes_every_call_and_resolves(server: Server) -> None:
         ("get", "/v1/jobs"),
         ("post", "/v1/jobs"),
         ("get", "/v1/jobs/{id}"),
+        ("patch", "/v1/jobs/{id}"),
         ("delete", "/v1/jobs/{id}"),
         ("get", "/openapi.json"),
     }

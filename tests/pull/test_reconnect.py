@@ -14,6 +14,7 @@ from fleecing.nbd.client_handshake import ExportRefused
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.engine import Check, PullOptions, PullReport, pull
 from fleecing.pull.journal import Journal
+from fleecing.pull.limiter import Bandwidth
 from fleecing.pull.qcow2_codec import Compression
 from fleecing.pull.qcow2_target import Qcow2Options, Qcow2Target
 from fleecing.pull.target import RawTarget
@@ -86,7 +87,7 @@ def test_a_server_that_is_killed_and_started_again_is_found(tmp_path: Path, imag
         with nbdkit(tmp_path, *arguments):
             ended.wait(60)
 
-    slowly = replace(COMES_BACK, bandwidth=10 * MiB)
+    slowly = replace(COMES_BACK, bandwidth=Bandwidth(10 * MiB))
     servers = threading.Thread(target=serve_twice)
     servers.start()
     try:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from fleecing.errors import RequestError
 from fleecing.pull.engine import PullOptions, pull
-from fleecing.pull.limiter import Bandwidth
 from fleecing.pull.plan import CLEAN
 from fleecing.pull.source import Source, merge
 from fleecing.pull.target import RawTarget
@@ -67,12 +66,3 @@ def test_the_only_bitmap_is_taken(tmp_path: Path) -> None:
         source = Source(uri, timeout=20)
         assert source.bitmap == "two"
         source.first.close()
-
-
-def test_bandwidth_books_bytes_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
-    limit = Bandwidth(1000)
-    assert [limit.delay(500), limit.delay(500), limit.delay(1)] == [0, 0.5, 1]
-    now = 200.0
-    assert limit.delay(1) == 0
