@@ -7,8 +7,8 @@
 
 In the output, a line `...` stands for any lines, and `...` inside a line for any text. Times, rates, process numbers
 and the like are the same whatever they are (`_VOLATILE`). A command must fail exactly where a line of its output says
-so ("Error:", "read failed:", "write failed:"). `fleecing serve` whose output ends in "Ready." goes on in the background
-until the session ends. Any other block whose first line is `# NAME.ENDING` is saved under that name.
+so ("Error:", "read failed:", "write failed:", "Failed to get"). `fleecing serve` whose output ends in "Ready." goes on
+in the background until the session ends. Any other block whose first line is `# NAME.ENDING` is saved under that name.
 
 The page's folders are replaced by folders of the test: see `Session`.
 """
@@ -36,7 +36,7 @@ from tests.peers import DEADLINE, Child, require
 _HEADING = re.compile(r"#{2,3} (.+)")
 _FENCE = re.compile(r"```(.*)")
 _FILE = re.compile(r"# ([\w-]+\.\w+)")
-_FAILS = re.compile(r"^(Error|read failed|write failed):", re.MULTILINE)
+_FAILS = re.compile(r"^(Error|read failed|write failed):|: Failed to get ", re.MULTILINE)
 
 _VOLATILE = (
     (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(,\d+)?"), "TIME"),

@@ -200,8 +200,3 @@ def test_an_image_that_was_resized_gets_no_snapshot(serve: Serve, image: Path) -
 def test_sockets_are_for_their_owner_alone(serve: Serve, image: Path) -> None:
     server = serve(image)
     assert [path.stat().st_mode & 0o777 for path in (server.unix, server.control_path)] == [0o600, 0o600]
-
-
-def test_other_programs_do_not_see_the_lock(serve: Serve, image: Path) -> None:
-    serve(image)
-    run("qemu-io", "-f", "raw", "-c", "write 0 64k", str(image))

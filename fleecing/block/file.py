@@ -13,6 +13,7 @@ from typing import Self
 
 from fleecing.block.extent import MAX_RUNS, Allocation, Runs, append_run
 from fleecing.block.hostfile import HostFile
+from fleecing.block.image_lock import lock_image
 from fleecing.block.node import Buffer, Node
 from fleecing.errors import ImageError
 from fleecing.units import MiB, align_down, align_up
@@ -30,14 +31,19 @@ class FileNode(Node):
         self._knows_holes = not host.is_block_device
 
     @classmethod
-    def open(cls, path: str) -> Self:
-        """Open and lock the image. Raises OSError, or ImageError where it is empty, no image, or served already."""
+    def open(cls, path: str, *, image_lock: bool = True) -> Self:
+        """Open and lock the image: against another server always, and against QEMU's programs by `image_lock`.
+
+        Raises OSError, or ImageError where it is empty, no image, or in use.
+        """
         host = HostFile.open(path)
         try:
             try:
                 fcntl.flock(host.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ImageError(path, -1, "is locked: another server has this image open") from None
+            if image_lock:
+                lock_image(host)
             if not host.length():
                 raise ImageError(path, -1, "is empty: an image needs a size, as `truncate -s 10G FILE` gives it")
             return cls(host)

@@ -52,9 +52,12 @@ class SnapshotSpec:
     tracker: Tracker | None = None
 
 
-def open_disk(path: str) -> CopyBeforeWrite:
-    """Open a raw image as an active disk. Raises OSError, or ImageError where it is no image or is served already."""
-    return CopyBeforeWrite(FileNode.open(path))
+def open_disk(path: str, *, image_lock: bool = True) -> CopyBeforeWrite:
+    """Open a raw image as an active disk. Raises OSError, or ImageError where it is no image or is in use.
+
+    `image_lock`: QEMU's programs are kept from writing to it.
+    """
+    return CopyBeforeWrite(FileNode.open(path, image_lock=image_lock))
 
 
 def freeze(

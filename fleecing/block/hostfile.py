@@ -30,6 +30,9 @@ BLKSSZGET = 0x1268
 # linux/fs.h
 SYNC_FILE_RANGE_WAIT_BEFORE = 1
 
+# struct flock of fcntl(2): type, whence, start, length, process
+_FLOCK = struct.Struct("@hhqqi4x")
+
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -165,6 +168,19 @@ class HostFile:
     def sync(self) -> None:
         """Every write that has returned is durable when this returns."""
         os.fdatasync(self.fd)
+
+    def hold_byte(self, offset: int) -> None:
+        """Lock one byte, shared with others who do the same, until the descriptor is closed.
+
+        Raises OSError where that is not to be had, and BlockingIOError where somebody has it for himself.
+        """
+        fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, offset, 1, 0))
+
+    def is_byte_held(self, offset: int) -> bool:
+        """Whether somebody else has locked it, shared or not. Raises OSError."""
+        wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0)
+        kind: int = _FLOCK.unpack(fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, wanted))[0]
+        return kind != fcntl.F_UNLCK
 
     def will_need(self, offset: int, length: int) -> None:
         """Ask the kernel to read ahead."""

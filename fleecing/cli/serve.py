@@ -86,6 +86,11 @@ Examples:
 )
 @click.option("--cluster-size", type=CLUSTER_SIZE, help="Unit of copying, 4K to 2M, a power of two; else 64K.")
 @click.option(
+    "--image-lock",
+    type=click.Choice(["on", "off"]),
+    help="Lock IMAGE as QEMU does, so that QEMU and qemu-img do not write to it, and not serve what they use; else on.",
+)
+@click.option(
     "--limit",
     type=LIMIT,
     multiple=True,
@@ -112,6 +117,7 @@ def serve(
     name: str | None,
     image_format: str | None,
     cluster_size: int | None,
+    image_lock: str | None,
     verbose: bool,
     **options: Any,
 ) -> None:
@@ -122,7 +128,7 @@ def serve(
     flight are finished first, and the exit code is 0. SIGHUP has the certificates of --tls-dir and the access rules of
     FILE read again.
     """
-    for_image = {"path": image, "format": image_format, "cluster-size": cluster_size}
+    for_image = {"path": image, "format": image_format, "cluster-size": cluster_size, "image-lock": image_lock}
     inherited = take_sockets()
     activated = bool(inherited.nbd)
     if verbose:
@@ -132,7 +138,7 @@ def serve(
     if config is not None:
         if image is not None or name is not None or any(value is not None for value in for_image.values()):
             raise click.UsageError(
-                "IMAGE, --name, --format and --cluster-size do not go with --config FILE: say it there."
+                "IMAGE, --name, --format, --cluster-size and --image-lock do not go with --config FILE: say it there."
             )
         reread = functools.partial(read_config, config, _given(options), activated=activated)
         settings = reread()

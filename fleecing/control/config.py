@@ -30,6 +30,7 @@ user = "backup"
 path = "/srv/vda.img"                   # relative paths start at the folder of this file
 format = "raw"
 cluster-size = "64K"
+image-lock = "on"                       # off: QEMU's programs are not kept away from the image
 """
 
 from __future__ import annotations
@@ -159,11 +160,12 @@ ImageFormat = Annotated[str, AfterValidator(_check_format)]
 
 
 class DiskSettings(_Settings):
-    """One disk: its image, and the cluster size of its snapshots (bytes)."""
+    """One disk: its image, the cluster size of its snapshots (bytes), whether QEMU's programs are kept away from it."""
 
     path: AbsolutePath
     format: ImageFormat | None = None
     cluster_size: ClusterSize = DEFAULT_CLUSTER
+    image_lock: bool = True
 
 
 class LimitSettings(_Settings):

@@ -117,7 +117,7 @@ def open_image(name: str, settings: DiskSettings, server: ServerSettings) -> Dis
     start = f"image {settings.path} of disk '{name}'"
     try:
         _refuse_qcow2(settings)
-        node = open_disk(settings.path)
+        node = open_disk(settings.path, image_lock=settings.image_lock)
     except OSError as e:
         raise ConfigError(f"{start} cannot be opened: {e.strerror}") from None
     except ImageError as e:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from fleecing.block.hostfile import HostFile
+from fleecing.block.image_lock import lock_image
 from fleecing.errors import ImageError
 from fleecing.units import KiB, MiB
 
@@ -102,13 +103,17 @@ class RawTarget(Target):
     def overwrite(cls, path: str, size: int) -> RawTarget:
         """A file or device that is there; whatever it holds in its first `size` bytes is lost.
 
-        Raises OSError, and ImageError where it is too small.
+        Raises OSError, and ImageError where it is too small, or a machine or a server has it open.
         """
         file = HostFile.open(path)
-        length = file.length()
-        if length < size:
+        try:
+            length = file.length()
+            if length < size:
+                raise ImageError(path, -1, f"has {length} bytes, {size} are needed")
+            lock_image(file)
+        except BaseException:
             file.close()
-            raise ImageError(path, -1, f"has {length} bytes, {size} are needed")
+            raise
         return cls(path, file, is_new=False)
 
     def write(self, offset: int, data: memoryview) -> None:

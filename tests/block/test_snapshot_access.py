@@ -266,8 +266,8 @@ def test_temp_read_by_qemu_img_is_the_frozen_disk(make_rig: MakeRig, cluster_siz
     rig.disk.write(0, b"new")
     rig.disk.write_zeroes(size // 2, size - size // 2)
     frozen = rig.folder / "frozen.raw"
-    subprocess.run(["qemu-img", "check", "-f", "qcow2", temp.path], check=True, capture_output=True)
-    subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", temp.path, frozen], check=True)
+    subprocess.run(["qemu-img", "check", "-U", "-f", "qcow2", temp.path], check=True, capture_output=True)
+    subprocess.run(["qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw", temp.path, frozen], check=True)
     assert frozen.read_bytes()[:size] == pattern(size)
 
 

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from fleecing.cli.main import main
 from fleecing.nbd.constants import ReplyMode
 from fleecing.units import MiB
+from tests.peers import Children, listen_unix, run
 from tests.raw_client import READ, RawClient
 from tests.serving import Serve
 
@@ -72,6 +73,32 @@ def test_an_image_that_is_served_is_refused(serve: Serve, image: Path, tmp_path:
     server = serve(image)
     assert "is locked: another server has this image open" in start(tmp_path, image)
     assert server.status()["disks"][0]["problem"] is None
+
+
+def test_an_image_that_qemu_nbd_writes_to_is_refused_unless_locks_are_off(
+    serve: Serve, image: Path, tmp_path: Path, children: Children
+) -> None:
+    socket_path = tmp_path / "q.sock"
+    words = ["-t", "-f", "raw", "-x", "", "--shared=0"]
+    children.start("qemu-nbd", *words, str(image), activate=listen_unix(socket_path))
+    run("nbdinfo", "--size", f"nbd+unix:///?socket={socket_path}")
+    assert "is in use: another program (QEMU, qemu-img, qemu-nbd, a Fleecing) has it open for writing" in start(
+        tmp_path, image
+    )
+    assert serve(image, "--image-lock", "off").status()["disks"][0]["problem"] is None
+    config = tmp_path / "off.toml"
+    config.write_text(f'[disk.vda]\npath = "{image}"\nimage-lock = "off"\n')
+    assert json.loads(fleecing("check-config", config, "--json").stdout)["disk"]["vda"]["image-lock"] is False
+
+
+def test_nobody_writes_over_an_image_that_is_served(serve: Serve, image: Path, tmp_path: Path) -> None:
+    """What is pulled comes from another server, so that nothing but the lock stands in the way."""
+    other = tmp_path / "other.img"
+    other.write_bytes(bytes(MiB))
+    serve(image)
+    result = fleecing("pull", serve(other).snapshot(), image, "--format", "raw", "--existing")
+    assert (result.exit_code, "has it open for writing" in result.stderr) == (1, True), result.stderr
+    assert image.read_bytes() == b"\1" * MiB
 
 
 def test_a_socket_of_a_running_server_is_refused(serve: Serve, image: Path, tmp_path: Path) -> None:
@@ -154,7 +181,12 @@ def test_a_configuration_is_checked_and_shown_complete(image: Path, tmp_path: Pa
     assert "[::1]:0 (any free port)" in result.stdout
     assert f"vda: {image}, raw, clusters of 64 KiB" in result.stdout
     shown = json.loads(fleecing("check-config", config, "--json").stdout)
-    assert shown["disk"]["vda"] == {"path": str(image), "format": None, "cluster-size": 65536}
+    assert shown["disk"]["vda"] == {
+        "path": str(image),
+        "format": None,
+        "cluster-size": 65536,
+        "image-lock": True,
+    }
     assert shown["unix"] == [str(tmp_path / "n.sock")]
 
 

@@ -38,7 +38,7 @@ def check_world(world: World) -> None:
     for view in world.views:
         check_view(world, view)
         temp = world.server.temp(view.frozen.export)
-        run("qemu-img", "check", "-q", "-f", "qcow2", str(temp))
+        run("qemu-img", "check", "-U", "-q", "-f", "qcow2", str(temp))
         assert world.server.delete(view.frozen.export)
         assert not temp.exists()
 

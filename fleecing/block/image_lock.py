@@ -1,0 +1,84 @@
+"""Image locks as QEMU takes them (its block/file-posix.c): who may use an image at the same time as whom.
+
+QEMU locks no data. It has a byte for each permission that a program may have, and one for each that it grants to
+others, at fixed offsets in the file, whether the file is that long or not:
+
+    100 + permission    held by each program that has it
+    200 + permission    held by each program that does not share it: nobody else may have it
+
+All are held shared, so that any number of programs can hold the same byte. Whoever opens an image takes its own bytes
+first and then looks whether somebody else holds a byte that speaks against it: 200 + P for each P that it has, 100 + P
+for each P that it does not share. So of two that come at the same moment one is refused at least, and perhaps both.
+
+They are open file description locks (fcntl(2), F_OFD_SETLK): the kernel drops them when the last descriptor of that
+opening is closed, however the process ends. They are advice: who does not ask (dd, cmp, a shell) is not refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from enum import IntEnum
+
+from fleecing.block.hostfile import HostFile
+from fleecing.errors import ImageError
+
+log = logging.getLogger(__name__)
+
+_HAS = 100
+_DOES_NOT_SHARE = 200
+
+# No locks there at all: an old kernel (EINVAL, ENOSYS), a file system without them (the others).
+_NO_LOCKS = (errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+class Permission(IntEnum):
+    """What a program may do with an image: the numbers are QEMU's."""
+
+    CONSISTENT_READ = 0
+    WRITE = 1
+    WRITE_UNCHANGED = 2
+    RESIZE = 3
+
+
+# What a running machine has and grants on its disk: nobody else may write while we do, and its size is ours.
+_OURS = (Permission.CONSISTENT_READ, Permission.WRITE)
+_UNSHARED = (Permission.WRITE, Permission.RESIZE)
+
+_USES = {Permission.WRITE: "has it open for writing", Permission.RESIZE: "may change its size"}
+_REFUSES = {Permission.WRITE: "lets nobody else write to it", Permission.CONSISTENT_READ: "lets nobody else read it"}
+
+
+def lock_image(host: HostFile) -> bool:
+    """Take the image for writing, until its descriptor is closed.
+
+    False, with a warning in the log, where there are no such locks: then QEMU takes none either (`locking=auto`).
+    Raises ImageError where another program uses the image in a way that does not go with that, and OSError.
+    """
+    try:
+        for permission in _OURS:
+            host.hold_byte(_HAS + permission)
+        for permission in _UNSHARED:
+            host.hold_byte(_DOES_NOT_SHARE + permission)
+        _refuse_others(host)
+    except OSError as e:
+        if e.errno not in _NO_LOCKS:
+            raise
+        log.warning(
+            "%s lies where there are no image locks (%s): QEMU and qemu-img are not kept from writing to it",
+            host.path,
+            e.strerror,
+        )
+        return False
+    return True
+
+
+def _refuse_others(host: HostFile) -> None:
+    held = [_USES[permission] for permission in _UNSHARED if host.is_byte_held(_HAS + permission)]
+    held += [_REFUSES[permission] for permission in _OURS if host.is_byte_held(_DOES_NOT_SHARE + permission)]
+    if held:
+        raise ImageError(
+            host.path,
+            -1,
+            f"is in use: another program (QEMU, qemu-img, qemu-nbd, a Fleecing) {' and '.join(held)}; end it first",
+        )
