@@ -12,6 +12,7 @@ import os
 import secrets
 import threading
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Final
 
 from fleecing.block.snapshot_access import SnapshotAccess
@@ -272,9 +273,12 @@ def _destination(request: PushRequest) -> Destination:
 
 
 def _is_same(target: str, image: str) -> bool:
-    """The same file, or the same device under another name."""
+    """The same file, the same device under another name, or a loop device of that file."""
     try:
         one, other = os.stat(target), os.stat(image)
+        if os.path.samestat(one, other) or (one.st_rdev != 0 and one.st_rdev == other.st_rdev):
+            return True
+        loop = f"/sys/dev/block/{os.major(one.st_rdev)}:{os.minor(one.st_rdev)}/loop/backing_file"
+        return os.path.samestat(os.stat(Path(loop).read_text().rstrip("\n")), other)
     except OSError:
         return False
-    return os.path.samestat(one, other) or (one.st_rdev != 0 and one.st_rdev == other.st_rdev)

@@ -13,7 +13,7 @@ from fleecing.cli.control_client import ControlClient
 from fleecing.cli.main import main
 from tests.client.servers import nbdkit
 from tests.crash.forked import ForkedServer
-from tests.images import MIB, make_image, make_sparse, random_bytes
+from tests.images import IS_ROOT, MIB, loop_device, make_image, make_sparse, random_bytes
 from tests.peers import run
 
 SIZE = 8 * MIB + 777
@@ -91,6 +91,39 @@ def test_an_export_is_pushed_over(pushing: Pushing, tmp_path: Path) -> None:
     with nbdkit(folder, "file", str(there)) as uri:
         pushing("push", "vda", str(uri))
     assert there.read_bytes()[:SIZE] == pushing.image.read_bytes()
+
+
+if IS_ROOT:  # whoever is not cannot have a loop device
+
+    def test_a_block_device_is_pushed_over(pushing: Pushing) -> None:
+        backing = pushing.folder / "backing"
+        old = random_bytes(SIZE + 10_000, 5)
+        backing.write_bytes(old[: len(old) // 512 * 512])
+        with loop_device(backing) as device:
+            pushing("push", "vda", device)
+            assert (
+                "the format qcow2 is for new files"
+                in pushing("push", "vda", device, "--format", "qcow2", expect=1).stderr
+            )
+        data = backing.read_bytes()
+        assert data[:SIZE] == pushing.image.read_bytes()
+        assert data[SIZE:] == old[SIZE : len(data)]
+        pushing.assert_no_trace()
+
+    def test_a_device_that_is_too_small_is_refused_and_left_alone(pushing: Pushing) -> None:
+        backing = pushing.folder / "backing"
+        backing.write_bytes(b"x" * MIB)
+        with loop_device(backing) as device:
+            assert f"{device}: has {MIB} bytes, {SIZE} are needed" in pushing("push", "vda", device, expect=1).stderr
+        assert backing.read_bytes() == b"x" * MIB
+        pushing.assert_no_trace()
+
+    def test_a_loop_device_of_a_served_image_is_never_the_target(pushing: Pushing) -> None:
+        before = pushing.image.read_bytes()
+        with loop_device(pushing.image) as device:
+            assert "is the image of disk 'vda'" in pushing("push", "vda", device, expect=1).stderr
+        assert pushing.image.read_bytes() == before
+        pushing.assert_no_trace()
 
 
 def test_a_push_that_is_cancelled_leaves_nothing(pushing: Pushing) -> None:
