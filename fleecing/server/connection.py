@@ -40,13 +40,18 @@ from fleecing.server.outbox import GATHER, LARGEST_PIECE, Outbox, TellingOutbox
 from fleecing.server.service import PlainWrite, Service
 from fleecing.server.shares import Shares
 from fleecing.server.tls import Stream, TlsSocket
-from fleecing.units import MiB
+from fleecing.units import KiB, MiB
 
 log = logging.getLogger(__name__)
 message_log = messages.log
 
-RECEIVE_SIZE = MiB
-"""Bytes of the receive buffer. A WRITE that does not fit is written piece by piece as it comes in."""
+RECEIVE_SIZE = MiB + 64 * KiB
+"""Bytes of the receive buffer: a MiB of WRITEs, with their headers. One that does not fit is written piece by piece as
+it comes in."""
+
+CHEAP_MOVE = 16 * KiB
+"""Bytes of a request in part that are moved to the buffer's beginning, which a batch of small ones then finds in the
+cache; what is more stays where it is as long as the rest has room behind it."""
 
 MAX_COLD = 64
 """READs put aside because they would wait for the disk; with more, they are served before the next request is."""
@@ -94,6 +99,7 @@ class Connection:
         self._cold: list[tuple[int, int, int]] = []  # cookie, offset, length
         self._writes: list[PlainWrite] = []  # their data lies in the buffer
         self._plain_write = int(CmdFlag.PAYLOAD_LEN) if extended else 0  # the flags of a WRITE without any
+        self._wanted = 0  # bytes of the request at `_start` that is there in part, where its header is
         self._start, self._end = 0, len(leftover)  # what is received and not served yet
         # The one that serves; replaced by the watch of the block layer's pool while it hangs.
         self._thread = threading.Thread(target=self._run, name=f"nbd {peer}", daemon=True)
@@ -200,16 +206,19 @@ class Connection:
 
     def _receive(self) -> bool:
         """Take what is there, waiting for at least a byte; False where the client has hung up."""
-        if self._start:
-            rest = self._end - self._start
-            self._view[:rest] = self._view[self._start : self._end]
-            self._start, self._end = 0, rest
-        received = self._sock.recv_into(self._view[self._end :])
+        rest, limit = self._end - self._start, RECEIVE_SIZE
+        if rest < CHEAP_MOVE or self._start + self._wanted > RECEIVE_SIZE:
+            if self._start:
+                self._view[:rest] = self._view[self._start : self._end]
+                self._start, self._end = 0, rest
+        elif self._start + 2 * self._wanted > RECEIVE_SIZE:
+            limit = self._start + self._wanted  # one more would be cut by the buffer's end, and moved
+        received = self._sock.recv_into(self._view[self._end : limit])
         self._end += received
-        if self._tcp and received and self._end < RECEIVE_SIZE:
+        if self._tcp and received and self._end < limit:
             # TCP hands over what one segment brought; what came in meanwhile makes the batch larger.
             try:
-                self._end += self._sock.recv_into(self._view[self._end :], 0, socket.MSG_DONTWAIT)
+                self._end += self._sock.recv_into(self._view[self._end : limit], 0, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 pass
         return received > 0
@@ -290,6 +299,7 @@ class Connection:
             ):
                 begin = self._start + header_size
                 if self._end - begin < length:
+                    self._wanted = header_size + length
                     return True
                 self._start = begin + length
                 writes.append((cookie, offset, self._view[begin : self._start]))
@@ -325,6 +335,7 @@ class Connection:
             self._serve_long_payload(command, flags, cookie, offset, payload)
             return True
         if self._end - self._start < whole:
+            self._wanted = whole
             return False
         begin = self._start + header_size
         self._start += whole

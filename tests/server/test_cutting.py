@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from random import Random
 
 import pytest
 
@@ -251,3 +252,36 @@ def test_a_wrong_status_payload_is_refused(disk: Disk, line: MakeLine, wrong: by
 
 def test_a_status_payload_without_contexts_is_refused(disk: Disk, line: MakeLine) -> None:
     assert line(disk.export, EXTENDED).ask(Cmd.BLOCK_STATUS, 0, payload=payload(4096, 1)).error == NbdError.EINVAL
+
+
+@pytest.mark.parametrize("size", [300, 20 * KiB, 64 * KiB, 256 * KiB, 700 * KiB])
+def test_writes_cut_anywhere_arrive_whole(make_disk: MakeDisk, line: MakeLine, mode: ReplyMode, size: int) -> None:
+    """The receive buffer is filled and emptied many times, with requests in part at every place of it."""
+    count = 4 * RECEIVE_SIZE // size
+    disk = make_disk(bytes(count * size) + b"behind" * 100)
+    client = line(disk.export, mode)
+    data = pattern(count * size)
+    dice = Random(size)
+    stream = b"".join(
+        client.request(Cmd.WRITE, n * size, payload=data[n * size : (n + 1) * size], cookie=n)
+        + client.request(Cmd.READ, count * size, 600, cookie=count + n)
+        for n in range(count)
+    )
+
+    def send() -> None:
+        at = 0
+        while at < len(stream):
+            step = dice.choice([17, 4096, size, 2 * size, RECEIVE_SIZE])
+            client.sock.sendall(stream[at : at + step])
+            at += step
+
+    sending = in_thread(send)
+    cookies = set()
+    for _ in range(2 * count):
+        reply = client.reply()
+        assert reply.error == 0
+        assert reply.data == (b"behind" * 100 if reply.cookie >= count else b"")
+        cookies.add(reply.cookie)
+    sending.wait()
+    assert cookies == set(range(2 * count))
+    assert disk.contents == data + b"behind" * 100
