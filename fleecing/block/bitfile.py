@@ -2,6 +2,7 @@
 
     0      magic "FLEEBITS", u32 version, u32 granularity, u64 size of the disk, u64 number of bits (all big-endian)
     512    note: a sentence in UTF-8, ended by a zero byte; empty = none
+    2560   seal: SHA-256 of what the last process left, the note and the bits among it; zeroes = it was not ended well
     4096   the bits, least significant first, as qcow2 and QEMU order them; padded with zeroes to a whole page
 
 A bit that is set is in the page cache at once, so it survives kill -9; `sync` makes it survive the loss of power, too.
@@ -11,9 +12,11 @@ SIGBUS, and stall the guest.
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import struct
+from collections.abc import Iterable
 from typing import Self
 
 from bitarray import bitarray
@@ -26,6 +29,8 @@ VERSION = 1
 HEAD = 4096
 NOTE = 512
 NOTE_BYTES = 2048
+SEAL = NOTE + NOTE_BYTES
+SEAL_BYTES = hashlib.sha256().digest_size
 
 _HEADER = struct.Struct(">8sIIQQ")
 
@@ -104,6 +109,24 @@ class BitFile:
         # The first byte last: until then the note reads as none, not as half a sentence.
         self._map[NOTE + 1 : NOTE + NOTE_BYTES] = raw[1:].ljust(NOTE_BYTES - 1, b"\0")
         self._map[NOTE : NOTE + 1] = raw[:1] or b"\0"
+
+    def seal(self, facts: Iterable[bytes] = ()) -> None:
+        """Keep the checksum of the file as it is now, and of `facts`; changes from here on belie it."""
+        self._map[SEAL : SEAL + SEAL_BYTES] = self.checksum(facts)
+
+    def take_seal(self) -> bytes | None:
+        """The checksum that `seal` kept, which is gone from the file then; None = there is none."""
+        found = self._map[SEAL : SEAL + SEAL_BYTES]
+        self._map[SEAL : SEAL + SEAL_BYTES] = bytes(SEAL_BYTES)
+        return found if any(found) else None
+
+    def checksum(self, facts: Iterable[bytes] = ()) -> bytes:
+        """Of the header, the note and the bits, and of `facts`. Some 2 ms for a MiB of bits."""
+        digest = hashlib.sha256(self._map[:SEAL])
+        digest.update(memoryview(self._map)[HEAD:])
+        for fact in facts:
+            digest.update(fact)
+        return digest.digest()
 
     def sync(self) -> None:
         """Every bit that was set before this call is durable when it returns."""

@@ -18,7 +18,7 @@ trim frees the cluster in temp; `broken` is set before a guest change goes ahead
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from bitarray import bitarray
 
@@ -83,6 +83,10 @@ class ClusterMap:
         self.scope[self.count :] = 0
         self.access &= self.scope
         self.copy &= self.scope
+
+    def facts(self) -> Iterator[bytes]:
+        """Which clusters belong to the snapshot, for a checksum."""
+        yield b"all" if self.scope is None else self.scope.tobytes()
 
     def trim(self, first: int, end: int) -> None:
         """Nobody may read clusters [first, end) any more, and nobody needs to save them. Under `lock`."""

@@ -191,6 +191,7 @@ def _revive(
     power_lost: bool,
 ) -> SnapshotAccess:
     with contextlib.ExitStack() as undo:
+        seal = trimmed.take_seal()  # before anything is synced: from here on the files change
         host = HostFile.open(spec.temp_path)
         undo.callback(host.close)
         copied = trusted = durability = None
@@ -216,6 +217,10 @@ def _revive(
             copied.sync()
             durability = Durability(temp, copied, trimmed)
         snapshot = _snapshot(disk, spec, temp, trimmed, durability, scope, linked, on_broken)
+        if seal is not None and not power_lost and seal != trimmed.checksum(snapshot.facts()):
+            raise ImageError(
+                os.path.dirname(trimmed.path), -1, "its files are not as the last server left them: damaged, or changed"
+            )
         snapshot.finish_trims()
         if trimmed.note:
             snapshot.clusters.broken = trimmed.note

@@ -21,7 +21,7 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from bitarray import bitarray
 
@@ -445,8 +445,13 @@ class SnapshotAccess(Node):
         if self._removed and not self._users:
             self.temp.close()
 
+    def facts(self) -> Iterator[bytes]:
+        """What the snapshot's files say besides the bits of what is trimmed, for the seal."""
+        yield from self.temp.facts()
+        yield from self.clusters.facts()
+
     def suspend(self) -> None:
-        """Make all of the snapshot durable and give its files back, for the next process to go on with.
+        """Make all of the snapshot durable and give its files back, sealed, for the next process to go on with.
 
         Only when no guest change and no client is left. Raises OSError where it could not be made durable.
         """
@@ -456,8 +461,9 @@ class SnapshotAccess(Node):
                 self._durability.sync()
             else:
                 self.temp.sync()
-                if self.clusters.trimmed is not None:
-                    self.clusters.trimmed.sync()
+            if self.clusters.trimmed is not None:
+                self.clusters.trimmed.seal(self.facts())
+                self.clusters.trimmed.sync()
         except OSError as e:
             # The system tells it once; what it lost, the next process would take for the disk of the instant.
             self.clusters.break_(f"its files could not be made durable: {e.strerror}")

@@ -265,8 +265,9 @@ class CheckpointChain:
                 tracker = checkpoint.tracker
                 if tracker is not None and tracker.failed is None:
                     tracker.sync()
-                elif tracker is not None:
-                    tracker.file.sync()  # why it failed
+                if tracker is not None:
+                    tracker.file.seal()
+                    tracker.file.sync()  # also why it failed, if it did
         finally:
             self.close()
 

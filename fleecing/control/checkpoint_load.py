@@ -102,6 +102,9 @@ def _open(folder: str, entry: CheckpointEntry, size: int, verdict: Verdict, disk
 def _tracker(folder: str, entry: CheckpointEntry, size: int, verdict: Verdict, disk: str) -> Tracker:
     bits = BitFile.open(bitmap_path(folder, entry.name))
     try:
+        seal = bits.take_seal()
+        if seal is not None and not verdict.power_lost and seal != bits.checksum():
+            raise ImageError(bits.path, -1, "is not as the last server left it: it was damaged, or changed")
         if bits.size != size:
             raise ImageError(bits.path, -1, f"is of a disk of {bits.size} bytes, and this one has {size}")
         intents = IntentLog.open(intent_path(folder, entry.name), region_size(size, bits.granularity))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -306,6 +308,88 @@ def test_files_that_make_no_sense_break_the_snapshot(
     assert reason in server.show("vda@s")["broken"]
     server.delete("vda@good")
     broken(server)
+
+
+def forgotten_trim(folder: Path) -> None:
+    with (folder / "trimmed.bits").open("r+b") as file:
+        file.seek(4096)
+        file.write(bytes(512))
+
+
+def forgotten_break(folder: Path) -> None:
+    with (folder / "trimmed.bits").open("r+b") as file:
+        file.seek(600)
+        file.write(b"x")
+
+
+def forgotten_copy(folder: Path) -> None:
+    """The entry of the first cluster in the first L2 table is zero: the image is as sound as before."""
+    with (folder / "temp.qcow2").open("r+b") as file:
+        (table,) = struct.unpack_from(">Q", file.read(48), 40)
+        file.seek(table)
+        (entry,) = struct.unpack(">Q", file.read(8))
+        file.seek(entry & 0x00FFFFFFFFFFFE00)
+        file.write(bytes(8))
+
+
+def copy_elsewhere(folder: Path) -> None:
+    """An older state of the file, as a restored backup of the host would have it."""
+    os.replace(folder / "older.qcow2", folder / "temp.qcow2")
+
+
+@pytest.mark.parametrize("damage", [forgotten_trim, forgotten_break, forgotten_copy, copy_elsewhere])
+def test_damage_after_a_clean_stop_that_makes_sense_is_found(
+    serve: Serve, image: Path, damage: Callable[[Path], None]
+) -> None:
+    """Each of these files could have been left by a server; only not by the last one."""
+    server = serve(image)
+    server.snapshot(name="s")
+    folder = record(server).parent
+    server.stop()
+    shutil.copy(folder / "temp.qcow2", folder / "older.qcow2")
+    server.start()
+    write(server, "0 256k", "1M 64k")
+    run("qemu-io", "-f", "raw", "-d", "unmap", "-c", "discard 64k 64k", server.uri("vda@s"))
+    server.stop()
+    damage(folder)
+    (folder / "older.qcow2").unlink(missing_ok=True)
+    server.start()
+    assert "its files are not as the last server left them" in broken(server)
+
+
+def test_a_seal_that_was_broken_by_the_next_server_is_not_asked_for_again(serve: Serve, image: Path) -> None:
+    server = serve(image)
+    server.snapshot(name="s")
+    server.stop()
+    server.start()
+    write(server, "0 256k")
+    server.kill()
+    server.start()
+    assert server.show("vda@s")["state"] == "ready"
+    with RawClient(server.unix, "vda@s") as client:
+        assert client.read(0, SIZE) == OLD
+
+
+def test_an_increment_that_forgot_what_belongs_to_it_is_found(serve: Serve, image: Path) -> None:
+    server = serve(image)
+    server.snapshot(name="full", checkpoint="c")
+    write(server, "0 64k", "1M 64k")
+    server.snapshot(name="s", since="c", checkpoint="d")
+    write(server, "2M 64k")
+    server.stop()
+    with (record(server).with_name("scope.bits")).open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff")
+    with (server.state_dir / "vda" / "checkpoints" / "c.bitmap").open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\0")
+    server.start()
+    assert "its files are not as the last server left them" in server.show("vda@s")["broken"]
+    states = {c["name"]: (c["state"], c["inconsistent"] or "") for c in server.checkpoints()}
+    assert states["c"][0] == "inconsistent"
+    assert "c.bitmap: is not as the last server left it" in states["c"][1]
+    assert states["d"] == ("active", "")
+    assert server.show("vda@full")["state"] == "ready"
 
 
 def test_temp_that_comes_back_later_is_not_believed(serve: Serve, image: Path) -> None:

@@ -95,6 +95,14 @@ class Mapping:
                 bits[base : base + count] = bitarray(map(bool, self.entries[index][:count]))
         return bits
 
+    def facts(self) -> Iterator[bytes]:
+        """What is mapped to where, in one form only, for a checksum."""
+        for index in sorted(self._tables):
+            table = self._tables[index]
+            if table.mapped:
+                yield index.to_bytes(8, "big")
+                yield b"zero" if table.zeroes == self._per_table else self.entries[index].tobytes()
+
     def link(self, pieces: Sequence[Piece]) -> None:
         """Map unmapped clusters to data that lies in the host already. All or nothing, whatever it raises."""
         segments: list[tuple[int, int, int, int]] = []

@@ -16,6 +16,7 @@ that one cluster is not linked and unlinked at once. Readers (`host_offset`, `re
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -203,6 +204,11 @@ class TempImage:
     def linked(self) -> bitarray:
         """A bit for each guest cluster, padded to a whole byte, least significant first: whether it is mapped."""
         return self._mapping.linked(self.clusters)
+
+    def facts(self) -> Iterator[bytes]:
+        """All that its tables say, for a checksum; while nothing is linked or unlinked."""
+        yield f"{self.size} {self.cluster_size} {self.backing_format} ".encode() + os.fsencode(self.backing_file)
+        yield from self._mapping.facts()
 
     def host_offset(self, cluster: int) -> int:
         """0 = unmapped, 1 = zero cluster, else the host offset (bytes) of the guest cluster's data."""

@@ -1,7 +1,7 @@
 """A snapshot's files, damaged while no process had them: gone on with exactly, or refused with a reason.
 
-The block layer alone, so that there are many shots a second. Where damage cannot be told from what a process may have
-written (data, entries of tables, bits), the contents are not judged.
+The block layer alone, so that there are many shots a second. Damage to the data itself cannot be told, and after a loss
+of power, where there is no seal, neither can damage to entries of tables and bits: then the contents are not judged.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from fleecing.block.bitfile import HEAD
+from fleecing.block.bitfile import HEAD, SEAL, SEAL_BYTES
 from fleecing.block.copy_before_write import CopyBeforeWrite
 from fleecing.block.graph import SnapshotSpec, freeze, open_disk, revive
+from fleecing.block.hostfile import HostFile
+from fleecing.block.qcow2.node import TempImage
 from fleecing.block.snapshot_access import SnapshotAccess
 from fleecing.errors import BlockError
 from scripts.fuzzing.damage import edits, spoil
@@ -59,6 +61,7 @@ class Temp:
             self._work.mkdir()
             self._make(durable=durable)
             self._work.rename(base)
+        self._data = _data_clusters(self._base[False] / FILES[0])
 
     def _spec(self, *, durable: bool) -> SnapshotSpec:
         temp, trimmed, copied = (str(self._work / name) for name in FILES)
@@ -84,7 +87,8 @@ class Temp:
             path = self._work / file["file"]
             if path.exists():
                 spoil(path, file)
-        judged = not any(_reaches_contents(base / name, self._work / name) for name in FILES)
+        sealed = not case["power_lost"] and has_seal(self._work / FILES[1])
+        judged = not self._reaches_contents(base, sealed=sealed)
         now = (self._work / "disk").read_bytes()
         disk = open_disk(str(self._work / "disk"))
         try:
@@ -117,6 +121,19 @@ class Temp:
             raise Finding("a write of the guest is lost")
         snapshot.remove(SECONDS)
 
+    def _reaches_contents(self, base: Path, *, sealed: bool) -> bool:
+        """Whether files differ where nothing tells."""
+        for name in FILES if base.name.endswith("1") else FILES[:2]:
+            old, new = (base / name).read_bytes(), (self._work / name).read_bytes()
+            if name != FILES[0]:
+                if not sealed and old[HEAD:] != new[HEAD:]:
+                    return True
+                continue
+            changed = {at for at in range(0, len(old), CLUSTER) if old[at : at + CLUSTER] != new[at : at + CLUSTER]}
+            if any(at // CLUSTER in self._data or (not sealed and at >= CHECKED) for at in changed):
+                return True
+        return False
+
     def close(self) -> None:
         """There is nothing to end."""
 
@@ -139,13 +156,17 @@ def _look(snapshot: SnapshotAccess, *, judged: bool) -> None:
             raise Finding(f"cluster {cluster} reads as {found[:2]!r}, and was {want[:2]!r}")
 
 
-def _reaches_contents(before: Path, after: Path) -> bool:
-    """Whether the file differs where its format has nothing that would tell."""
-    if not before.exists():
-        return False
-    old, new = before.read_bytes(), after.read_bytes()
-    start = CHECKED if before.suffix == ".qcow2" else HEAD
-    return old[start:] != new[start : len(old)] and len(new) >= len(old)
+def _data_clusters(path: Path) -> set[int]:
+    """Numbers of the host clusters that hold data of the guest."""
+    temp = TempImage.open(HostFile.open(str(path)))
+    found = {temp.host_offset(cluster) // CLUSTER for cluster in range(CLUSTERS)}
+    temp.close()
+    return found - {0}
+
+
+def has_seal(path: Path) -> bool:
+    """Whether the bit file still has one: a hole that reaches over it takes it along."""
+    return any(path.read_bytes()[SEAL : SEAL + SEAL_BYTES])
 
 
 def _no_news(snapshot: SnapshotAccess, cause: str) -> None:
