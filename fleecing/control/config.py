@@ -243,13 +243,17 @@ class ServerSettings(_Settings):
         if not self.tls_verify_client and any(rule.needs_certificate for rule in self.access or ()):
             raise ValueError("access: cn, dn and san are of verified certificates: give tls-verify-client = true, too")
         for address in self.listen:
-            if not (address.is_loopback or self.insecure_listen or self.tls_of(address) is TlsMode.REQUIRE):
-                raise ValueError(
-                    f"{address} is open to the network without encryption: whoever reaches it can read and write the "
-                    "disks; require TLS (--tls require --tls-dir DIR), or allow it with insecure-listen "
-                    "(--insecure-listen) in a network that you trust"
-                )
+            self.check_open(address)
         return self
+
+    def check_open(self, address: TcpAddress) -> None:
+        """Raises ValueError where this listener is open to a network by mistake."""
+        if not (address.is_loopback or self.insecure_listen or self.tls_of(address) is TlsMode.REQUIRE):
+            raise ValueError(
+                f"{address} is open to the network without encryption: whoever reaches it can read and write the "
+                "disks; require TLS (--tls require --tls-dir DIR), or allow it with insecure-listen "
+                "(--insecure-listen) in a network that you trust"
+            )
 
     def tls_of(self, address: TcpAddress) -> TlsMode:
         """What holds for clients of this TCP address."""

@@ -22,7 +22,7 @@ from fleecing.control.activation import Inherited
 from fleecing.control.addresses import Addresses, paste_lines
 from fleecing.control.api import make_app
 from fleecing.control.certificates import Certificates
-from fleecing.control.config import ServerSettings
+from fleecing.control.config import ServerSettings, TcpAddress
 from fleecing.control.event_stream import EventRing, EventStream
 from fleecing.control.jobs import Jobs
 from fleecing.control.logs import LogFormat, Logs
@@ -204,11 +204,22 @@ def _group_of(group: int | str | None) -> int | None:
     return None if group is None else group_id(group)
 
 
+def check_inherited(settings: ServerSettings, listener: socket.socket) -> None:
+    """What holds for `listen` holds for a TCP socket of systemd, too. Raises ConfigError."""
+    host, port = listener.getsockname()[:2]
+    try:
+        settings.check_open(TcpAddress(host=host, port=port))
+    except ValueError as e:
+        raise ConfigError(f"systemd passes a socket: {e}") from None
+
+
 def _listen(settings: ServerSettings, server: NbdServer, life: AsyncExitStack, inherited: Inherited) -> Addresses:
     tcp, encrypted = [], set()
     unix = []
     for listener in inherited.nbd:
         local = listener.family == socket.AF_UNIX
+        if not local:
+            check_inherited(settings, listener)
         server.add_listener(listener, tls_mode=settings.tls_unix if local else settings.tls)
         if local:
             unix.append(os.path.abspath(listener.getsockname()))

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from fleecing.control.activation import take_sockets
+from fleecing.control.config import make_settings
+from fleecing.control.daemon import check_inherited
 from fleecing.errors import ConfigError
 from tests.peers import Child, Children, free_port, listen_unix, run
 from tests.serving import ROOT
@@ -120,3 +122,17 @@ def test_programs_that_the_server_starts_do_not_get_them(tmp_path: Path) -> None
     (taken,) = take_sockets(environ(1, "nbd"), first=fd).nbd
     with taken:
         assert not os.get_inheritable(taken.fileno())
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_tcp_socket_of_systemd_must_not_be_open_to_a_network_by_mistake(host: str) -> None:
+    """What holds for `listen` holds for it. It is only bound here, nobody could connect."""
+    disk = {"disk": {"a": {"path": "x"}}}
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as taken:
+        taken.bind((host, 0))
+        with pytest.raises(ConfigError, match=r"systemd passes a socket: .* is open to the network without encryption"):
+            check_inherited(make_settings(disk, "test", activated=True), taken)
+        for allowed in ({"insecure-listen": True}, {"tls": "require", "tls-dir": "/tls"}):
+            check_inherited(make_settings(disk | allowed, "test", activated=True), taken)
+    with socket.create_server(("127.0.0.1", 0)) as local:
+        check_inherited(make_settings(disk, "test", activated=True), local)

@@ -32,7 +32,8 @@ def test_a_client_whose_host_does_not_answer_is_dropped(serve: Serve, children: 
     image = tmp_path / "vda.img"
     make_image(image, MIB)
     alone = [require("unshare"), "--net", sys.executable, "-c", THEN_RUN, UP]
-    server = serve(image, "--limit", "keepalive-seconds=2", wrapper=alone)
+    # Whether the reply to the client's READ is acknowledged by then is chance: both must come to an end.
+    server = serve(image, "--limit", "keepalive-seconds=2", "--limit", "send-seconds=1", wrapper=alone)
     inside = [require("nsenter"), "--target", str(server.child.pid), "--net", sys.executable, "-c"]
     client = children.start(*inside, CLIENT, server.uri(tcp=True), env={"PYTHONPATH": str(ROOT)})
     client.wait_for_line("connected")
