@@ -116,9 +116,14 @@ class Export:
         return Receipts(self._snapshot, self._read_once)
 
     def described(self, info: ExportInfo) -> Export:
-        """The same under another description, which may allow less: contexts that it does not name, requests."""
+        """The same under another description, which may allow less: contexts that it does not name, requests.
+
+        Where it allows no TRIM, reading trims nothing either.
+        """
         other = copy.copy(self)
         other.info = info
+        if not info.trimmable:
+            other._snapshot = None
         return other
 
     def retain(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fleecing.block.extent import ClusterState
 from fleecing.nbd import options
 from fleecing.nbd.constants import BASE_ALLOCATION, READ_ONCE, Cmd, CmdFlag, Info, NbdError, Opt, Rep, ReplyMode
 from fleecing.nbd.constants import TransmissionFlag as Flag
@@ -213,3 +214,15 @@ def test_read_once_is_a_trim(snapshot: Export, line: MakeLine) -> None:
         assert client.ask(Cmd.READ, 0, CLUSTER, flags=CmdFlag.READ_ONCE).error == error
         again = client.ask(Cmd.READ, 0, CLUSTER)
         assert (again.error, "trimmed" in again.text) == ((NbdError.EINVAL, True) if access is TRIM else (0, False))
+
+
+@pytest.mark.parametrize("access", [READ, TRIM])
+def test_reading_a_read_once_export_is_a_trim(rig: Rig, line: MakeLine, mode: ReplyMode, access: Access) -> None:
+    """Who may read it and not trim it gives nothing up."""
+    frozen = rig.snapshot()[0]
+    export = limited(snapshot_export("vda@s", "", frozen, read_once_grace=0), access)
+    client = line(export, mode)
+    assert client.ask(Cmd.READ, 0, CLUSTER).data == pattern(SIZE)[:CLUSTER]
+    assert client.ask(Cmd.READ, CLUSTER, 1).error == 0  # by now what the first one gave up is trimmed
+    assert client.ask(Cmd.READ, 0, CLUSTER).error == (NbdError.EINVAL if access is TRIM else 0)
+    assert frozen.counts()[ClusterState.TRIMMED] == (1 if access is TRIM else 0)
