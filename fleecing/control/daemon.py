@@ -9,7 +9,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 
@@ -104,8 +104,11 @@ async def _serve(
             server.tls_context = certificates.load()
             if (flaw := certificates.flaw(server.tls_context)) is not None:
                 log.error("%s", flaw)
-        reloading = loop.create_task(_reload_each_time(reload, certificates, server, settings, reread))
-        life.callback(reloading.cancel)
+
+        async def reload_all() -> None:
+            with notifier.reloading(lambda: _status(manager, server)):
+                await _reload(certificates, server, settings, reread)
+
         addresses = _listen(settings, server, life, inherited)
         jobs = await asyncio.to_thread(Jobs, manager, settings.state_dir)
         life.push_async_callback(asyncio.to_thread, jobs.close)
@@ -121,6 +124,8 @@ async def _serve(
         signs = loop.create_task(notifier.run(lambda: _status(manager, server)))
         life.push_async_callback(_end, signs)  # signs of life are given until the last request has ended
         life.callback(notifier.stopping)
+        # Only now: a reload ends in telling that the server is ready. One that was asked for earlier begins now.
+        life.push_async_callback(_end, loop.create_task(_each_time(reload, reload_all)))
         await stop.wait()
         text = "stopping: requests in flight have %g s to end"
         tell(log, logging.INFO, Event.SERVER_STOPPING, text, settings.drain_seconds)
@@ -141,23 +146,27 @@ def _status(manager: Manager, server: NbdServer) -> str:
     return f"{text}, {broken} of them broken" if broken else text
 
 
-async def _reload_each_time(
-    asked: asyncio.Event,
+async def _each_time(asked: asyncio.Event, call: Callable[[], Awaitable[None]]) -> None:
+    """Call whenever it is asked for, once for all that was asked meanwhile; until cancelled."""
+    while True:
+        await asked.wait()
+        asked.clear()
+        await call()
+
+
+async def _reload(
     certificates: Certificates | None,
     server: NbdServer,
     settings: ServerSettings,
     reread: Callable[[], ServerSettings] | None,
 ) -> None:
-    """Whenever SIGHUP came: later clients meet the certificates and access rules that are there now."""
-    while True:
-        await asked.wait()
-        asked.clear()
-        if certificates is None:
-            log.info("SIGHUP: there are no certificates to read again")
-        else:
-            await _reload_certificates(certificates, server)
-        if reread is not None:
-            await _reload_rules(reread, server, settings)
+    """SIGHUP came: later clients meet the certificates and access rules that are there now."""
+    if certificates is None:
+        log.info("SIGHUP: there are no certificates to read again")
+    else:
+        await _reload_certificates(certificates, server)
+    if reread is not None:
+        await _reload_rules(reread, server, settings)
 
 
 async def _reload_certificates(certificates: Certificates, server: NbdServer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -43,6 +44,12 @@ def test_the_life_of_a_server_is_told(children: Children, systemd: socket.socket
     assert messages(systemd, "READY=1") == [["READY=1", "STATUS=1 disks, 0 clients, 0 snapshots"]]
     for _ in range(3):
         assert messages(systemd, "WATCHDOG=1")[-1][1] == "STATUS=1 disks, 0 clients, 0 snapshots"
+    for _ in range(2):
+        server.signal(signal.SIGHUP)
+        told = messages(systemd, "READY=1")
+        begin = next(message for message in told if message[0] == "RELOADING=1")
+        assert re.fullmatch(r"MONOTONIC_USEC=\d+", begin[1])
+        assert told[-1] == ["READY=1", "STATUS=1 disks, 0 clients, 0 snapshots"]
     server.signal(signal.SIGTERM)
     messages(systemd, "STOPPING=1")
     assert server.wait() == 0

@@ -10,7 +10,7 @@ import pytest
 from tests.peers import run, run_any
 from tests.serving import ROOT
 
-SERVICES = ("fleecing.service", "fleecing@vda.service")
+SERVICES = ("fleecing.service", "fleecing@vda.service", "fleecing-backup@vda.service")
 
 
 @pytest.fixture
