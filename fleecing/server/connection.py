@@ -35,19 +35,22 @@ from fleecing.nbd.transmission import EXTENDED_REQUEST, REQUEST, data_header, pa
 from fleecing.server import messages
 from fleecing.server.budget import Budget
 from fleecing.server.export import MAXIMUM_PAYLOAD, Export, answer_to
-from fleecing.server.limits import Limits
+from fleecing.server.limits import LEAST_IN_FLIGHT, Limits
 from fleecing.server.outbox import GATHER, LARGEST_PIECE, Outbox, TellingOutbox
 from fleecing.server.service import PlainWrite, Service
 from fleecing.server.shares import Shares
 from fleecing.server.tls import Stream, TlsSocket
-from fleecing.units import KiB, MiB
+from fleecing.units import KiB
 
 log = logging.getLogger(__name__)
 message_log = messages.log
 
-RECEIVE_SIZE = MiB + 64 * KiB
-"""Bytes of the receive buffer: a MiB of WRITEs, with their headers. One that does not fit is written piece by piece as
-it comes in."""
+LONGEST_WHOLE = LEAST_IN_FLIGHT
+"""Bytes of the longest payload that is received whole, since it may have to wait in another thread; a longer one is
+written piece by piece as it comes in."""
+
+RECEIVE_SIZE = LONGEST_WHOLE + 64 * KiB
+"""Bytes of the receive buffer: a MiB of WRITEs, with their headers."""
 
 CHEAP_MOVE = 16 * KiB
 """Bytes of a request in part that are moved to the buffer's beginning, which a batch of small ones then finds in the
@@ -295,7 +298,7 @@ class Connection:
                 and flags == plain_write
                 and 0 < length <= longest_write
                 and offset + length <= size
-                and header_size + length <= RECEIVE_SIZE
+                and length <= LONGEST_WHOLE
             ):
                 begin = self._start + header_size
                 if self._end - begin < length:
@@ -328,7 +331,7 @@ class Connection:
         if payload > MAXIMUM_PAYLOAD:
             raise ProtocolError(f"a payload of {payload} bytes is above the maximum of {MAXIMUM_PAYLOAD}")
         whole = header_size + payload
-        if whole > RECEIVE_SIZE:
+        if payload > LONGEST_WHOLE:
             self._start += header_size
             if self._writes:
                 self._serve_writes()  # what is received next takes the place of their data

@@ -19,14 +19,14 @@ from fleecing.nbd.constants import (
     ReplyMode,
 )
 from fleecing.nbd.transmission import STATUS_PAYLOAD, request
-from fleecing.server.connection import RECEIVE_SIZE
+from fleecing.server.connection import LONGEST_WHOLE, RECEIVE_SIZE
 from fleecing.server.export import MAXIMUM_PAYLOAD
 from fleecing.server.meta_context import ALLOCATION_DEPTH
 from fleecing.server.service import LARGEST_STATUS_PAYLOAD
 from fleecing.units import KiB, MiB
 from tests.block.rig import in_thread, pattern
 from tests.server.rig import Disk, Line, MakeDisk, MakeLine
-from tests.server.wire import Wire, header_size
+from tests.server.wire import Wire
 
 SIZE = 300 * KiB + 77
 EXTENDED = ReplyMode.EXTENDED
@@ -146,12 +146,12 @@ def test_requests_that_lie_across_the_buffers_end_are_found(
 
 
 @pytest.mark.parametrize("spare", [-1, 0, 1])
-def test_a_write_that_just_fits_the_buffer_or_just_does_not(
+def test_a_write_that_is_just_received_whole_or_just_is_not(
     make_disk: MakeDisk, line: MakeLine, mode: ReplyMode, spare: int
 ) -> None:
     disk = make_disk(bytes(2 * MiB))
     client = line(disk.export, mode)
-    data = pattern(RECEIVE_SIZE - header_size(mode) + spare)
+    data = pattern(LONGEST_WHOLE + spare)
     assert client.ask(Cmd.WRITE, 7, payload=data).error == 0
     assert disk.contents[7 : 7 + len(data)] == data
     assert client.connection.bytes_written == len(data)

@@ -13,6 +13,7 @@ import pytest
 from fleecing.block.copy_before_write import CopyBeforeWrite
 from fleecing.block.node import Buffer
 from fleecing.nbd.constants import Cmd, CmdFlag, NbdError, ReplyMode
+from fleecing.server.connection import LONGEST_WHOLE
 from fleecing.server.export import active_export
 from fleecing.server.limits import LEAST_IN_FLIGHT, Limits
 from fleecing.server.outbox import BACKLOG, GATHER
@@ -259,6 +260,13 @@ def test_a_limited_number_of_bytes_waits(disk: Disk, line: MakeLine, limits: Lim
     sender.wait()
     assert len(client.replies(count)) == count
     assert most - size < held.most_bytes <= most
+
+
+@pytest.mark.parametrize("spare", [-1, 0, 1])
+def test_no_write_is_too_long_for_the_least_that_the_limits_may_be(disk: Disk, line: MakeLine, spare: int) -> None:
+    limits = Limits(bytes_in_flight=LEAST_IN_FLIGHT, all_bytes_in_flight=LEAST_IN_FLIGHT)
+    client = line(Pool(disk, at_once=True).export, SIMPLE, limits=limits)
+    assert client.ask(Cmd.WRITE, 0, payload=bytes(LONGEST_WHOLE + spare)).error == 0
 
 
 def test_replies_are_sent_before_a_connection_waits_for_others(disk: Disk, line: MakeLine) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fleecing.nbd.constants import Cmd, CmdFlag, NbdError, ReplyMode
-from fleecing.server.connection import RECEIVE_SIZE
+from fleecing.server.connection import LONGEST_WHOLE, RECEIVE_SIZE
 from fleecing.server.export import MAXIMUM_PAYLOAD
 from fleecing.units import MiB
 from tests.block.rig import in_thread, pattern
@@ -24,7 +24,7 @@ def send_beside(client: Line, *requests: bytes) -> None:
     in_thread(lambda: client.send(*requests)).wait()
 
 
-LONG = [RECEIVE_SIZE, RECEIVE_SIZE + 1, 3 * RECEIVE_SIZE + 12345]
+LONG = [LONGEST_WHOLE, LONGEST_WHOLE + 1, RECEIVE_SIZE, 3 * RECEIVE_SIZE + 12345]
 
 
 @pytest.mark.parametrize("length", [1, 4096, *LONG])
