@@ -72,11 +72,12 @@ def fire(name: str, folder: Path, seed: int, seconds: float, keep: Path, tell: T
     tell(f"{name}: {shooting.shots} inputs in {time.monotonic() - end + seconds:.1f} s, {'HIT' if hit else 'no hit'}")
     if hit is None:
         return None
-    keep.mkdir(parents=True, exist_ok=True)
-    path = keep / f"fuzz-{name}-{seed}.json"
-    save(path, name, hit.case)
     tell(f"{name}: {hit}")
-    tell(f"{name}: ./scripts/fuzz {path}    shoots it again")
+    if hit.case:  # else it was not of an input
+        keep.mkdir(parents=True, exist_ok=True)
+        path = keep / f"fuzz-{name}-{seed}.json"
+        save(path, name, hit.case)
+        tell(f"{name}: ./scripts/fuzz {path}    shoots it again")
     return hit
 
 

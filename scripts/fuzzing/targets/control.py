@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import string
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -73,6 +74,8 @@ class Control:
         # What a job is told to write lies here and nowhere else.
         self._targets = [str(folder / "t1"), str(folder / "t2"), "/nonexistent/x", "", "\0", "nbd+unix:///x?socket=/no"]
         self._document = json.loads(self._call("GET", "/openapi.json", None)[1])
+        self._log = self._field.server.control.request("GET", "/v1/log")
+        del self._log["format"]
         calls = [(path, verb) for path, verbs in self._document["paths"].items() for verb in verbs]
         known = st.sampled_from(calls).flatmap(lambda call: self._of(*call))
         self.cases: st.SearchStrategy[Case] = known | st.fixed_dictionaries(
@@ -86,11 +89,12 @@ class Control:
 
     def _of(self, path: str, verb: str) -> st.SearchStrategy[Case]:
         operation = self._document["paths"][path][verb]
-        words: dict[str, dict[str, st.SearchStrategy[str]]] = {"path": {}, "query": {}}
+        words: dict[str, dict[str, st.SearchStrategy[str]]] = {"path": {}, "query": {}, "header": {}}
         for parameter in operation["parameters"]:
-            name = parameter["name"]
-            words[parameter["in"]][name] = st.sampled_from(_PARAMETERS[name]) | st.text(max_size=10)
-        given = st.fixed_dictionaries(words["path"], optional=words["query"])
+            name, place = parameter["name"], parameter["in"]
+            text = st.text(string.printable[:95], max_size=10) if place == "header" else st.text(max_size=10)
+            words[place][name] = st.sampled_from(_PARAMETERS.get(name, _PARAMETERS["offset"][:-1])) | text
+        given = st.fixed_dictionaries(words["path"], optional=words["query"] | words["header"])
         body: st.SearchStrategy[Any] = st.none()
         if "requestBody" in operation:
             schema = operation["requestBody"]["content"]["application/json"]["schema"]
@@ -109,10 +113,10 @@ class Control:
         operation = self._document["paths"].get(path, {}).get(case["verb"])
         for name, word in words.items():
             path = path.replace(f"{{{name}}}", quote(word, safe="", errors="replace"))
-        query = "&".join(
-            f"{n}={quote(w, errors='replace')}" for n, w in words.items() if f"{{{n}}}" not in case["path"]
-        )
-        status, content = self._call(case["verb"].upper(), f"{path}?{query}", case["body"])
+        places = {p["name"]: p["in"] for p in operation["parameters"]} if operation else {}
+        query = "&".join(f"{n}={quote(w, errors='replace')}" for n, w in words.items() if places[n] == "query")
+        headers = {name: word for name, word in words.items() if places[name] == "header"}
+        status, content = self._call(case["verb"].upper(), f"{path}?{query}", case["body"], headers)
         allowed = {int(s) for s in operation["responses"]} - {500} if operation else {200, 404, 405}
         # 413: a body that is too long; 404 and 405: a word that makes it another path.
         if status not in allowed | {400, 404, 405, 413}:
@@ -152,6 +156,7 @@ class Control:
         for disk in status["disks"]:
             for checkpoint in server.checkpoints(disk["name"]):
                 server.delete_checkpoint(f"{disk['name']}@{checkpoint['name']}")
+        server.control.request("PATCH", "/v1/log", self._log)
         for target in self._targets[:2]:
             Path(target).unlink(missing_ok=True)
         self._witness.check()
@@ -159,12 +164,15 @@ class Control:
         if self._field.peak > MEMORY:
             raise Finding(f"the server has {self._field.peak >> 20} MiB")
 
-    def _call(self, verb: str, path: str, body: bytes | None) -> tuple[int, bytes]:
+    def _call(
+        self, verb: str, path: str, body: bytes | None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, bytes]:
         connection = _UnixConnection(str(self._field.server.control_path))
         try:
-            connection.request(verb, path, body)
+            connection.request(verb, path, body, headers or {})
             response = connection.getresponse()
-            return response.status, response.read()
+            endless = response.headers.get_content_type() == "text/event-stream"
+            return response.status, b"" if endless else response.read()
         finally:
             connection.close()
 
