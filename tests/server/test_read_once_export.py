@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import socket
+import sys
+import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,7 @@ from fleecing.block.snapshot_access import SnapshotAccess
 from fleecing.nbd.constants import BASE_ALLOCATION, READ_ONCE, Cmd, CmdFlag, NbdError, ReplyMode
 from fleecing.server.export import Export, snapshot_export
 from fleecing.units import KiB, MiB
-from tests.block.rig import CLUSTER, Rig, pattern
+from tests.block.rig import CLUSTER, Rig, in_thread, pattern
 from tests.server.rig import MakeLine
 
 SIZE = 4 * MiB + 5
@@ -110,6 +114,53 @@ def test_many_in_flight_on_several_connections(snapshot: SnapshotAccess, export:
             assert reply.data == OLD[reply.offset : reply.offset + reply.length]
         client.end()
     assert trimmed(snapshot) == list(range(COUNT))
+
+
+@pytest.mark.parametrize("grace", [0, 3 * CLUSTER])
+def test_what_is_trimmed_was_sent_whatever_comes_in_between(
+    rig: Rig, snapshot: SnapshotAccess, line: MakeLine, grace: int
+) -> None:
+    """Four clients read anything anywhere while the guest writes; what each got is kept byte by byte."""
+    export = snapshot_export("vda@s", "", snapshot, read_once_grace=grace)
+    clients = [line(export, mode) for mode in (*ReplyMode, ReplyMode.STRUCTURED)]
+    got = [bytearray(SIZE) for _ in clients]
+    over = threading.Event()
+
+    def read(number: int) -> None:
+        chance, client = random.Random(number), clients[number]
+        for _ in range(300):
+            offset = chance.randrange(SIZE)
+            length = min(SIZE - offset, chance.choice((1, 4096, 30_000, 200_000)))
+            reply = client.ask(Cmd.READ, offset, length)
+            if reply.error:
+                assert reply.error == NbdError.EINVAL
+            else:
+                assert reply.data == OLD[offset : offset + length]
+                got[number][offset : offset + length] = b"\1" * length
+        client.end()
+
+    def write() -> None:
+        chance = random.Random(99)
+        while not over.is_set():
+            rig.disk.write(chance.randrange(SIZE - 5000), chance.randbytes(5000))
+
+    guest = in_thread(write)
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        readers = [in_thread(partial(read, number)) for number in range(len(clients))]
+        for reader in readers:
+            reader.wait()
+    finally:
+        sys.setswitchinterval(switching)
+        over.set()
+        guest.wait()
+    sent = [all(map(any, zip(*(g[n * CLUSTER : (n + 1) * CLUSTER] for g in got), strict=True))) for n in range(COUNT)]
+    complete = [n for n in range(COUNT) if sent[n]]
+    assert len(complete) > 10
+    gone = trimmed(snapshot)
+    assert set(gone) <= set(complete)
+    assert len(gone) == len(complete) - grace // CLUSTER
 
 
 def test_the_window_stays_readable_for_clients_that_ask_again(
