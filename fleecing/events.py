@@ -36,6 +36,9 @@ class Event(StrEnum):
     CHECKPOINT_DELETED = "checkpoint-deleted"
     JOB_STARTED = "job-started"
     JOB_ENDED = "job-ended"
+    GUEST_FROZEN = "guest-frozen"
+    GUEST_THAWED = "guest-thawed"
+    GUEST_STUCK = "guest-stuck"
     LOG_CHANGED = "log-changed"
 
 

@@ -15,10 +15,10 @@ import pytest
 
 from fleecing.block.extent import MAX_RUNS, ClusterState
 from fleecing.cli.main import main
-from fleecing.control import creation, manager, paths, sockets
+from fleecing.control import creation, manager, paths, quiesce, sockets
 from fleecing.control.access import AccessRule
 from fleecing.control.api import make_app
-from fleecing.control.config import DEFAULT_PORT, DiskSettings, LimitSettings, ServerSettings
+from fleecing.control.config import DEFAULT_PORT, DiskSettings, GuestSettings, LimitSettings, ServerSettings
 from fleecing.control.event_stream import KEPT, LOST, EventRing, EventStream
 from fleecing.control.jobs import Jobs
 from fleecing.control.logs import Logs
@@ -86,9 +86,14 @@ def test_the_rule_of_names_is_that_of_the_code() -> None:
 
 def test_the_configuration_is_complete() -> None:
     keys = rows("Configuration")
-    known = [field.alias for model in (ServerSettings, DiskSettings) for field in model.model_fields.values()]
-    tables = {"disk": "[disk.NAME]", "limits": "[limits]", "access": "[[access]]"}
-    assert list(keys) == [tables.get(str(key), key) for key in known]
+    server, guest, disk = (
+        [str(field.alias) for field in model.model_fields.values()]
+        for model in (ServerSettings, GuestSettings, DiskSettings)
+    )
+    tables = {"guest": "[guest.NAME]", "disk": "[disk.NAME]", "limits": "[limits]", "access": "[[access]]"}
+    assert list(keys) == [tables.get(key, key) for key in server[:-1]] + guest + ["[disk.NAME]"] + disk
+    assert server[-2:] == ["guest", "disk"]
+    assert keys["hook-seconds"] == f"{GuestSettings(before='x').hook_seconds:g}"
     assert f"127.0.0.1:{DEFAULT_PORT}" in keys["listen"]
     assert keys["drain-seconds"] == f"{ServerSettings.model_fields['drain_seconds'].default:g}"
     assert keys["cluster-size"] == f"{DiskSettings(path='/x').cluster_size // KiB}K"
@@ -156,6 +161,7 @@ def test_the_limits_are_those_of_the_code() -> None:
         f"{limits.keepalive_seconds:g} s",
         format_size(export.MAXIMUM_PAYLOAD),
         "4 KiB to 2 MiB",
+        f"{quiesce.END_SECONDS:g} s, then the next server thaws them",
         f"{manager.DRAIN_SECONDS:g} s, then it is refused",
         f"{creation.REMOVE_SECONDS:g} s, then ask again",
         f"{sockets.MAX_PATH} bytes",

@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from bitarray import bitarray
@@ -65,14 +66,15 @@ def freeze(
     *,
     drain_timeout: float,
     on_broken: OnBroken,
+    around: AbstractContextManager[object] | None = None,
 ) -> list[SnapshotAccess]:
     """Take one snapshot of each disk, all of the same instant: all of them, or none and nothing left behind.
 
-    All that takes time is prepared first; then new guest changes wait until those under way are over, the snapshots
-    are put in place, and the changes go on. `on_broken` is called once, from any thread, for a snapshot that breaks
-    later. A durable one is so when this returns, with what the guest wrote before; where that cannot be made durable
-    it breaks at once. Raises OSError, ImageError, and TimeoutError where the changes under way are not over in
-    `drain_timeout` seconds.
+    All that takes time is prepared first; then `around` is entered, new guest changes wait until those under way are
+    over, the snapshots are put in place, the changes go on, and `around` is left. `on_broken` is called once, from any
+    thread, for a snapshot that breaks later. A durable one is so when this returns, with what the guest wrote before;
+    where that cannot be made durable it breaks at once. Raises OSError, ImageError, TimeoutError where the changes
+    under way are not over in `drain_timeout` seconds, and what entering `around` raises.
     """
     snapshots: list[SnapshotAccess] = []
 
@@ -89,7 +91,7 @@ def freeze(
         for disk, spec in pairs:
             disk.file.check_size()
             snapshots.append(_prepare(disk, spec, on_broken))
-        with _freezing:
+        with around or contextlib.nullcontext(), _freezing:
             same_instant([disk for disk, _ in pairs], install, timeout=drain_timeout)
     except BaseException:
         for snapshot in snapshots:

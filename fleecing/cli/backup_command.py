@@ -39,6 +39,7 @@ Examples:
 @click.option("--compress", type=COMPRESS, default="zstd", show_default=True, help="Clusters of the qcow2 files.")
 @click.option("--bandwidth", type=BANDWIDTH, help="Most bytes a second, as in 50M.")
 @click.option("--temp-limit", type=TEMP_LIMIT, help="Most temp space a disk, as in 20G.")
+@click.option("--quiesce", is_flag=True, help="Freeze the guest around the instant, as the server is configured to.")
 @control_option
 @json_option
 def backup(
@@ -50,6 +51,7 @@ def backup(
     compress: str,
     bandwidth: int | None,
     temp_limit: int | None,
+    quiesce: bool,
     control: str,
     as_json: bool,
 ) -> None:
@@ -70,7 +72,7 @@ def backup(
         keep=keep,
         compression=Compression[compress.upper()],
         pull=make_options(bandwidth=bandwidth, reconnect=RECONNECT),
-        snapshot={} if temp_limit is None else {"temp_limit": temp_limit},
+        snapshot={"temp_limit": temp_limit, "quiesce": quiesce},
     )
     display = choose(lambda: None)
     with _undone_at_sigterm(), display:

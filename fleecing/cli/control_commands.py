@@ -51,6 +51,7 @@ Examples:
 @click.option(
     "--durable", is_flag=True, help="Outlive the loss of power, too; a guest write that copies waits for the disk."
 )
+@click.option("--quiesce", is_flag=True, help="Freeze the guest around the instant, as the server is configured to.")
 @click.option(
     "--checkpoint", type=NAME, help="Make this checkpoint, too: what changes from this instant on is tracked."
 )
@@ -82,6 +83,7 @@ def create(
     on_cbw_error: str,
     cbw_timeout: float,
     durable: bool,
+    quiesce: bool,
     checkpoint: str | None,
     since: str | None,
     or_full: bool,
@@ -127,6 +129,7 @@ def create(
         "on_cbw_error": on_cbw_error,
         "cbw_timeout": cbw_timeout,
         "durable": durable,
+        "quiesce": quiesce,
         "checkpoint": checkpoint,
         "since": since,
         "or_full": or_full,
@@ -215,6 +218,7 @@ def show(*, which: tuple[str, str], control: str, as_json: bool) -> None:
         ("temp limit", "none" if temp["limit"] is None else format_size(temp["limit"])),
         ("on-cbw-error", s["on_cbw_error"]),
         ("durable", "yes" if s["durable"] else "no"),
+        ("quiesced", "yes" if s["quiesced"] else "no"),
         ("read once", f"yes, grace {format_size(s['read_once_grace'])}" if s["read_once"] else "no"),
         ("cbw-timeout", f"{s['cbw_timeout']:g} s" if s["cbw_timeout"] else "none"),
         ("clients", str(s["clients"])),

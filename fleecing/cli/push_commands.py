@@ -25,6 +25,7 @@ _POLL_SECONDS: Final = 0.1
 @click.option("--compress", type=click.Choice(["none", "deflate", "zstd"]), default="none", show_default=True)
 @click.option("--bandwidth", type=BANDWIDTH, help="Most bytes a second, as in 50M.")
 @click.option("--no-trim", is_flag=True, help="Do not give up what was copied of the snapshot.")
+@click.option("--quiesce", is_flag=True, help="Freeze DISK's guest around the instant, as the server is configured to.")
 @click.option("--no-wait", is_flag=True, help="Return at once, and print the job's number.")
 @control_option
 @json_option
@@ -37,6 +38,7 @@ def push(
     bandwidth: int | None,
     no_trim: bool,
     no_wait: bool,
+    quiesce: bool,
     control: str,
     as_json: bool,
 ) -> None:
@@ -54,6 +56,7 @@ def push(
         "compress": compress,
         "bandwidth": bandwidth,
         "trim": not no_trim,
+        "quiesce": quiesce,
     }
     client = ControlClient(control)
     job = client.request("POST", "/v1/jobs", body)

@@ -97,6 +97,19 @@ Examples:
     help="A limit of NBD clients, as in clients=100 or send-seconds=30; check-config FILE --json shows them all.",
 )
 @click.option(
+    "--guest-agent",
+    metavar="PATH",
+    help="Socket of the guest agent (QEMU's), for snapshots that are to freeze the guest.",
+)
+@click.option("--before", metavar="COMMAND", help="Run before such a snapshot by the shell, before the agent freezes.")
+@click.option("--after", metavar="COMMAND", help="Run after it, whatever came of it, when the agent has thawed.")
+@click.option(
+    "--hook-seconds",
+    type=click.FloatRange(0, 3600, min_open=True),
+    metavar="SECONDS",
+    help="Time limit of the agent's freeze and thaw, of --before and of --after; else 10.",
+)
+@click.option(
     "--log-format",
     type=click.Choice([form.value for form in LogFormat]),
     help="auto (default): fields for the journal where stderr is the journal's, else text.",
@@ -118,6 +131,10 @@ def serve(
     image_format: str | None,
     cluster_size: int | None,
     image_lock: str | None,
+    guest_agent: str | None,
+    before: str | None,
+    after: str | None,
+    hook_seconds: float | None,
     verbose: bool,
     **options: Any,
 ) -> None:
@@ -129,6 +146,7 @@ def serve(
     FILE read again.
     """
     for_image = {"path": image, "format": image_format, "cluster-size": cluster_size, "image-lock": image_lock}
+    for_guest = _given({"agent": guest_agent, "before": before, "after": after, "hook-seconds": hook_seconds})
     inherited = take_sockets()
     activated = bool(inherited.nbd)
     if verbose:
@@ -136,17 +154,23 @@ def serve(
     options["limits"] = dict(options.pop("limit")) or None
     reread: Callable[[], ServerSettings] | None = None
     if config is not None:
-        if image is not None or name is not None or any(value is not None for value in for_image.values()):
+        if image is not None or name is not None or for_guest or _given(for_image):
             raise click.UsageError(
-                "IMAGE, --name, --format, --cluster-size and --image-lock do not go with --config FILE: say it there."
+                "IMAGE, --name, --format, --cluster-size, --image-lock, --guest-agent, --before, --after and "
+                "--hook-seconds do not go with --config FILE: say it there."
             )
         reread = functools.partial(read_config, config, _given(options), activated=activated)
         settings = reread()
     elif image is None:
         raise click.UsageError("Name the IMAGE to serve, or a --config FILE.")
     else:
-        disk = {name or clean_name(Path(image).stem): _given(for_image)}
-        settings = make_settings({"disk": disk, **_given(options)}, "command line", activated=activated)
+        name = name or clean_name(Path(image).stem)
+        if for_guest:
+            options["guest"] = {name: for_guest}
+            for_image["guest"] = name
+        settings = make_settings(
+            {"disk": {name: _given(for_image)}, **_given(options)}, "command line", activated=activated
+        )
     logs = Logs(settings.log_format, settings.log_level, settings.debug_exports)
     daemon.run(
         settings,
@@ -202,8 +226,12 @@ def _described(settings: ServerSettings) -> str:
     lines += [f"temp-dir   {path}" for path in settings.temp_dir or [settings.state_dir]]
     for rule in settings.access or ():
         lines.append(f"access     {', '.join(rule.export)}: {', '.join(rule.allow)} for {_whom(rule)}")
+    for name, guest in settings.guest.items():
+        steps = [f"{key} {value}" for key, value in guest.model_dump(exclude={"hook_seconds"}).items() if value]
+        lines.append(f"guest      {name}: {', '.join(steps)}, {guest.hook_seconds:g} s each")
     for name, disk in settings.disk.items():
-        lines.append(f"disk       {name}: {disk.path}, raw, clusters of {format_size(disk.cluster_size)}")
+        guest_of = "" if disk.guest is None else f", of guest {disk.guest}"
+        lines.append(f"disk       {name}: {disk.path}, raw, clusters of {format_size(disk.cluster_size)}{guest_of}")
     return "\n".join(lines)
 
 

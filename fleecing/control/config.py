@@ -26,11 +26,18 @@ export = "vda@*"
 allow = ["read", "trim"]
 user = "backup"
 
+[guest.web]                             # how a machine is frozen for snapshots with --quiesce
+agent = "/run/vm/web-agent.sock"        # of QEMU's guest agent
+before = "/etc/fleecing/before"         # commands, with or without an agent
+after = "/etc/fleecing/after"
+hook-seconds = 10                       # of each of these
+
 [disk.vda]
 path = "/srv/vda.img"                   # relative paths start at the folder of this file
 format = "raw"
 cluster-size = "64K"
 image-lock = "on"                       # off: QEMU's programs are not kept away from the image
+guest = "web"
 """
 
 from __future__ import annotations
@@ -160,12 +167,29 @@ ImageFormat = Annotated[str, AfterValidator(_check_format)]
 
 
 class DiskSettings(_Settings):
-    """One disk: its image, the cluster size of its snapshots (bytes), whether QEMU's programs are kept away from it."""
+    """One disk: its image, the cluster size of its snapshots (bytes), whether QEMU's programs are kept away from it,
+    and the guest whose disk it is."""
 
     path: AbsolutePath
     format: ImageFormat | None = None
     cluster_size: ClusterSize = DEFAULT_CLUSTER
     image_lock: bool = True
+    guest: Name | None = None
+
+
+class GuestSettings(_Settings):
+    """How a guest is frozen for a snapshot that asks for it, and thawed: `before`, then the agent, and back."""
+
+    agent: SocketPath | None = None
+    before: Annotated[str, Field(min_length=1)] | None = None
+    after: Annotated[str, Field(min_length=1)] | None = None
+    hook_seconds: float = Field(default=10.0, gt=0, le=3600)
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Self:
+        if self.agent is None and self.before is None and self.after is None:
+            raise ValueError("there is nothing to freeze it with: give agent, or before and after")
+        return self
 
 
 class LimitSettings(_Settings):
@@ -211,7 +235,15 @@ class ServerSettings(_Settings):
     debug_exports: tuple[ExportName, ...] = ()
     limits: LimitSettings = LimitSettings()
     access: tuple[AccessRule, ...] | None = None
+    guest: dict[Name, GuestSettings] = {}
     disk: dict[Name, DiskSettings] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _guests_are_known(self) -> Self:
+        for name, disk in self.disk.items():
+            if disk.guest is not None and disk.guest not in self.guest:
+                raise ValueError(f"disk '{name}' is of guest '{disk.guest}', and there is no [guest.{disk.guest}]")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -307,10 +339,11 @@ def _root_paths(values: dict[str, Any], folder: str) -> None:
     for key in ("unix", "temp-dir"):
         if isinstance(values.get(key), list):
             values[key] = [rooted(path) for path in values[key]]
-    if isinstance(values.get("disk"), dict):
-        for disk in values["disk"].values():
-            if isinstance(disk, dict) and "path" in disk:
-                disk["path"] = rooted(disk["path"])
+    for table, key in (("disk", "path"), ("guest", "agent")):
+        if isinstance(values.get(table), dict):
+            for entry in values[table].values():
+                if isinstance(entry, dict) and key in entry:
+                    entry[key] = rooted(entry[key])
 
 
 def explain(error: ValidationError) -> str:

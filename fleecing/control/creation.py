@@ -31,6 +31,7 @@ from fleecing.control.checkpoint import Changes, Untracked
 from fleecing.control.disk import Disk, Snapshot
 from fleecing.control.models import SnapshotRequest
 from fleecing.control.names import export_name
+from fleecing.control.quiesce import Quiesce
 from fleecing.control.revival import make_snapshot, snapshot_spec
 from fleecing.control.state import (
     CreationRecord,
@@ -71,7 +72,10 @@ class Creation:
         *,
         drain_seconds: float,
         on_broken: OnBroken,
+        quiesce: Quiesce | None = None,
     ) -> None:
+        """`quiesce` freezes the guests around the instant."""
+        self._quiesce = quiesce
         self._state_dir = state_dir
         self._path = os.path.join(state_dir, f".creation-{secrets.token_hex(8)}.json")
         self._disks = disks
@@ -127,6 +131,8 @@ class Creation:
         nodes = self._freeze(parts, pairs)
         for node in nodes:
             self._undo.append(functools.partial(node.remove, REMOVE_SECONDS))
+        if self._quiesce is not None:
+            self._quiesce.check()
         made = [part.keep(node) for part, node in zip(parts, nodes, strict=True)]
         if self._request.checkpoint is not None:
             for part in parts:
@@ -148,7 +154,7 @@ class Creation:
         self, parts: Sequence[_Part], pairs: Sequence[tuple[CopyBeforeWrite, SnapshotSpec]]
     ) -> list[SnapshotAccess]:
         try:
-            return freeze(pairs, drain_timeout=self._drain_seconds, on_broken=self._on_broken)
+            return freeze(pairs, drain_timeout=self._drain_seconds, on_broken=self._on_broken, around=self._quiesce)
         except TimeoutError:
             raise ControlError(
                 503,
@@ -183,6 +189,7 @@ class _Part:
             on_cbw_error=request.on_cbw_error,
             cbw_timeout=request.cbw_timeout,
             durable=request.durable,
+            quiesced=request.quiesce,
             boot_id=boot_id(),
             mode=SnapshotMode.FULL if request.since is None else SnapshotMode.INCREMENTAL,
             since=request.since,

@@ -126,6 +126,8 @@ async def _serve(
         life.callback(notifier.stopping)
         # Only now: a reload ends in telling that the server is ready. One that was asked for earlier begins now.
         life.push_async_callback(_end, loop.create_task(_each_time(reload, reload_all)))
+        await asyncio.to_thread(manager.guests.recover, manager.disks)
+        life.push_async_callback(asyncio.to_thread, manager.guests.close)  # first of all: guests need their disks
         await stop.wait()
         text = "stopping: requests in flight have %g s to end"
         tell(log, logging.INFO, Event.SERVER_STOPPING, text, settings.drain_seconds)

@@ -73,12 +73,14 @@ class Job:
             if _is_same(request.target, known.settings.path):
                 raise ControlError(409, f"{request.target} is the image of disk '{known.name}': name another target")
         manager.disk(disk)
+        if at and request.quiesce:
+            raise ControlError(400, f"snapshot '{request.source}' is there already: quiesce goes with a disk only")
         self._own = None if at else f"push-{self._started:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
         part = request.target + PART if self._destination.is_new_file else None
         write_json(path, JobRecord(disk=disk, snapshot=self._own, part=part))
         try:
             if self._own is not None:
-                manager.create(SnapshotRequest(disks=[disk], name=self._own))
+                manager.create(SnapshotRequest(disks=[disk], name=self._own, quiesce=request.quiesce))
             self._snapshot: Snapshot = manager.snapshot(disk, self._own or name)
             if not isinstance(self._snapshot.node, SnapshotAccess):
                 raise ControlError(409, f"snapshot '{request.source}' is broken and cannot be pushed")

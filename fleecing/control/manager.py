@@ -21,6 +21,7 @@ from fleecing.control.creation import REMOVE_SECONDS, Creation, forget_unfinishe
 from fleecing.control.disk import Disk, Snapshot, open_image
 from fleecing.control.identity import TOUCH_SECONDS
 from fleecing.control.models import SnapshotRequest
+from fleecing.control.quiesce import Guests
 from fleecing.control.revival import revive_all
 from fleecing.control.store import RECORD_NAME
 from fleecing.control.ticker import Ticker
@@ -52,6 +53,7 @@ class Manager:
         """
         self._drain_seconds = drain_seconds
         self._state_dir = settings.state_dir
+        self.guests = Guests(settings.guest, settings.state_dir)
         self.disks: dict[str, Disk] = {}
         self._snapshots: dict[tuple[str, str], Snapshot] = {}
         self._lock = threading.Lock()
@@ -187,7 +189,13 @@ class Manager:
                     )
             self._finish_undoing()
             creation = Creation(
-                self._state_dir, disks, name, request, drain_seconds=self._drain_seconds, on_broken=_report_broken
+                self._state_dir,
+                disks,
+                name,
+                request,
+                drain_seconds=self._drain_seconds,
+                on_broken=_report_broken,
+                quiesce=self.guests.quiesce(disks, name) if request.quiesce else None,
             )
             self._undoing = creation
             made = creation.run()

@@ -52,6 +52,9 @@ class SnapshotRequest(_Model):
         description="seconds that a guest write may wait for its copy; 0 = no limit",
     )
 
+    quiesce: bool = Field(
+        default=False, description="freeze the disks' guests around the instant, as the server is configured to"
+    )
     durable: bool = Field(
         default=False, description="outlive the loss of power, at the price of a sync before a guest write that copies"
     )
@@ -127,6 +130,7 @@ class PushRequest(_Model):
     format: Format = Field(default=Format.RAW, description="of a new file")
     compress: Literal["none", "deflate", "zstd"] = Field(default="none", description="clusters of a qcow2 file")
     bandwidth: Size | None = Field(default=None, gt=0, description="most bytes a second")
+    quiesce: bool = Field(default=False, description="of a disk: freeze its guest for the snapshot")
     trim: bool = Field(default=True, description="give up what the target has: temp space is free at once")
 
 
@@ -187,6 +191,7 @@ class SnapshotInfo(_Model):
     broken: str | None = Field(description="why it can never be read again")
     created: datetime
     durable: bool = Field(description="it outlives the loss of power")
+    quiesced: bool = Field(description="the guest was frozen at the instant")
     mode: SnapshotMode
     reason: str | None = Field(description="why it is full though changes only were asked for")
     since: str | None = Field(description="the checkpoint that an incremental one begins with")

@@ -165,6 +165,7 @@ class Reporter:
             broken=node.broken,
             created=snapshot.record.created,
             durable=snapshot.record.durable,
+            quiesced=snapshot.record.quiesced,
             mode=snapshot.record.mode,
             reason=snapshot.record.reason,
             since=snapshot.record.since,

@@ -77,6 +77,7 @@ class SnapshotRecord(Kept):
     checkpoint: str | None = None
     bitmap: str | None = None
     read_once_grace: int | None = None
+    quiesced: bool = False
 
 
 class CheckpointState(StrEnum):
@@ -111,6 +112,16 @@ class CreationRecord(Kept):
     disks: tuple[Name, ...]
     snapshot: Name
     checkpoint: Name | None
+
+
+class FrozenRecord(Kept):
+    """A guest that is being frozen, is frozen or is being thawed: found at a start, it is thawed with this."""
+
+    guest: Name
+    disks: tuple[Name, ...]
+    agent: str | None
+    after: str | None
+    hook_seconds: float
 
 
 AnyKept = TypeVar("AnyKept", bound=Kept)

@@ -186,6 +186,7 @@ def test_a_configuration_is_checked_and_shown_complete(image: Path, tmp_path: Pa
         "format": None,
         "cluster-size": 65536,
         "image-lock": True,
+        "guest": None,
     }
     assert shown["unix"] == [str(tmp_path / "n.sock")]
 

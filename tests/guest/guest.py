@@ -4,8 +4,8 @@
         guest.check("mkfs.ext4 -q /dev/vda && mount /dev/vda /mnt")
         code, output = guest.run("dd if=/dev/zero of=/mnt/file bs=1M count=999")
 
-QEMU without KVM boots it in about 3 s. In it are busybox, mkfs.ext4, fsck.ext4 and nbd-client (image.py), and a
-network on which the host's loopback is 10.0.2.2.
+QEMU without KVM boots it in about 3 s. In it are busybox, mkfs.ext4, fsck.ext4, nbd-client and QEMU's guest agent
+(image.py), and a network on which the host's loopback is 10.0.2.2.
 """
 
 from __future__ import annotations

@@ -25,13 +25,14 @@ import pytest
 from tests.peers import require
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"  # a name without a version, which depends on the present one
-MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "nbd")
+MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "nbd")
 PROGRAMS = {
     "bin/busybox": "busybox",
     # Names that busybox has not: its shell takes its own mke2fs, which makes ext2, before any file.
     "sbin/mkfs.ext4": "mke2fs",
     "sbin/fsck.ext4": "e2fsck",
     "sbin/nbd-client": "nbd-client",
+    "sbin/qemu-ga": "qemu-ga",
 }
 
 _HERE = Path(__file__).parent
