@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fleecing.block.hostfile import WritesLost
 from fleecing.errors import SnapshotBroken
 from fleecing.units import KiB, MiB
 from tests.block.rig import Rig, in_thread
@@ -107,6 +108,19 @@ def test_one_of_many_readers_learns_of_the_loss_and_none_gets_what_was_before(te
 
     for reader in [in_thread(lambda n=n: look(n * CLUSTER)) for n in range(4)]:  # type: ignore[misc]
         reader.wait()
+    rig.close()
+
+
+def test_a_loss_that_one_was_told_of_is_told_to_a_sync_too(temp_dir: Faults) -> None:
+    """The system tells it once; a durable copy must not count on the second answer."""
+    rig = Rig(temp_dir.path, OLD)
+    snapshot, host = rig.snapshot()
+    temp_dir.fail_writes()
+    rig.disk.write(0, NEW)
+    lose_writes(temp_dir)
+    for look in (host.check_written, snapshot.temp.sync, snapshot.temp.sync):
+        with pytest.raises(WritesLost):
+            look()
     rig.close()
 
 

@@ -282,6 +282,7 @@ class TempImage:
     def sync(self) -> None:
         """Everything that is linked is durable when this returns."""
         self.file.sync()
+        self.file.check_written()  # an error that `check_written` was told is not told to a sync any more
 
     def check_written(self) -> None:
         """Raise WritesLost where the host's disk did not take what was written here. Waits for nothing."""
