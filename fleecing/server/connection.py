@@ -246,7 +246,7 @@ class Connection:
         writes = self._writes
         if len(writes) > 1:
             self._service.save_ahead(writes, self._hand_over)
-        writes[:] = self._service.write_many(writes)
+            writes[:] = self._service.write_many(writes)
         while writes:
             cookie, offset, data = writes.pop(0)
             self._service.write(self._plain_write, cookie, offset, data, self._hand_over)
