@@ -31,6 +31,7 @@ from fleecing.block.flusher import Done, Flusher, wait_for
 from fleecing.block.gate import Gate
 from fleecing.block.node import Buffer, Node
 from fleecing.block.tracking import Tracker
+from fleecing.block.turns import Turns
 from fleecing.errors import BlockError
 from fleecing.units import MiB
 
@@ -70,6 +71,7 @@ class CopyBeforeWrite(Node):
         self.file = file
         self.size = file.size
         self.gate = Gate()
+        self.turns = Turns()
         self.snapshots: tuple[Saved, ...] = ()  # replaced under _snapshots_lock
         # Records what changes; replaced only while the gate is closed and nobody is inside, or before anybody writes.
         self.tracker: Tracker | None = None

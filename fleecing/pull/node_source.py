@@ -44,6 +44,7 @@ class NodeConnection:
     def submit_read(self, offset: int, buffer: bytearray | memoryview) -> Request:
         """Read into `buffer`. Raises what the node raises."""
         request = self._begin(Cmd.READ, offset, len(buffer))
+        self._node.disk.turns.give_way()
         self._node.read_into(offset, memoryview(buffer))
         return self._end(request)
 

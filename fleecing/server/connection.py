@@ -93,7 +93,9 @@ class Connection:
         self._size = agreement.export.size
         self._on_close = on_close
         receipts = export.receipts(name for _, name in agreement.contexts)
-        self._out = Outbox(sock) if receipts is None else TellingOutbox(sock, receipts.sent)
+        self._turns = export.turns
+        give_way = export.give_way
+        self._out = Outbox(sock, give_way) if receipts is None else TellingOutbox(sock, receipts.sent, give_way)
         self._read_cached = export.node.read_cached if receipts is None else receipts.counting(export.node.read_cached)
         self._service = Service(agreement, export, self._out, budget, shares, receipts, limits or Limits())
         self._buffer = bytearray(RECEIVE_SIZE)
@@ -196,6 +198,7 @@ class Connection:
 
     def _close(self) -> None:
         """Let the waiting requests end and answer, then hang up."""
+        self._turns.guest_busy = False
         self._service.wait_idle()
         self._out.settle()
         if self._out.stuck:
@@ -216,7 +219,9 @@ class Connection:
                 self._start, self._end = 0, rest
         elif self._start + 2 * self._wanted > RECEIVE_SIZE:
             limit = self._start + self._wanted  # one more would be cut by the buffer's end, and moved
+        self._turns.guest_busy = False
         received = self._sock.recv_into(self._view[self._end : limit])
+        self._turns.guest_busy = True
         self._end += received
         if self._tcp and received and self._end < limit:
             # TCP hands over what one segment brought; what came in meanwhile makes the batch larger.

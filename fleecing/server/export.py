@@ -15,6 +15,7 @@ from fleecing.block.flusher import Done
 from fleecing.block.lost_snapshot import LostSnapshot
 from fleecing.block.node import Node
 from fleecing.block.snapshot_access import SnapshotAccess
+from fleecing.block.turns import Turns
 from fleecing.errors import BlockError, ClusterUnreadable, RequestError, SnapshotBroken, TempLimitReached
 from fleecing.nbd.constants import BASE_ALLOCATION, READ_ONCE, NbdError, TransmissionFlag
 from fleecing.nbd.handshake import ExportInfo
@@ -82,6 +83,8 @@ class Export:
         read_once: ReadOnce | None = None,
         retain: Callable[[], None] | None = None,
         release: Callable[[], None] | None = None,
+        turns: Turns | None = None,
+        give_way: Callable[[], None] | None = None,
     ) -> None:
         self.info = info
         self.node = node
@@ -93,6 +96,8 @@ class Export:
         self._read_once = read_once  # what every READ trims in the end
         self._retain = retain
         self._release = release
+        self.turns = turns or Turns()  # where its connections tell that they are served; a snapshot's tell nobody
+        self.give_way = give_way  # what they call before they send much; None = they go first
 
     @property
     def name(self) -> str:
@@ -143,7 +148,8 @@ def active_export(name: str, description: str, disk: CopyBeforeWrite, *, cluster
         BASE_ALLOCATION: disk.block_status,
         ALLOCATION_DEPTH: everything_allocated,
     }
-    return Export(_info(name, description, disk.size, _ACTIVE, cluster_size, contexts), disk, contexts, changes=disk)
+    info = _info(name, description, disk.size, _ACTIVE, cluster_size, contexts)
+    return Export(info, disk, contexts, changes=disk, turns=disk.turns)
 
 
 def snapshot_export(
@@ -190,6 +196,7 @@ def snapshot_export(
         read_once=None if read_once_grace is None else ReadOnce(snapshot, read_once_grace),
         retain=snapshot.retain,
         release=snapshot.release,
+        give_way=snapshot.disk.turns.give_way,
     )
 
 

@@ -38,8 +38,10 @@ _SIZE = GATHER + LARGEST_PIECE + KiB
 class Outbox:
     """The sending side of a connection. `view` up to `used` waits to go; only the connection's thread touches both."""
 
-    def __init__(self, sock: Stream) -> None:
+    def __init__(self, sock: Stream, give_way: Callable[[], None] | None = None) -> None:
+        """`give_way` is called before much is sent."""
         self._sock = sock
+        self._give_way = give_way
         self.view = memoryview(bytearray(_SIZE))
         self.used = 0
         self._sending = threading.Lock()
@@ -60,6 +62,8 @@ class Outbox:
     def send(self) -> None:
         """Send what was gathered, then late replies. Raises OSError where the client is gone."""
         if self.used:
+            if self.used >= GATHER and self._give_way is not None:
+                self._give_way()
             with self._sending:
                 try:
                     self._sock.sendall(self.view[: self.used])
@@ -73,6 +77,8 @@ class Outbox:
     def send_now(self, parts: list[bytes | memoryview]) -> None:
         """Send these without gathering, in one go as the peer sees it; what was gathered goes first."""
         self.send()
+        if self._give_way is not None:
+            self._give_way()
         with self._sending:
             try:
                 for part in parts:
@@ -155,8 +161,8 @@ class Outbox:
 class TellingOutbox(Outbox):
     """An outbox that calls `sent`, in the connection's thread, when all that was gathered has left."""
 
-    def __init__(self, sock: Stream, sent: Callable[[], None]) -> None:
-        super().__init__(sock)
+    def __init__(self, sock: Stream, sent: Callable[[], None], give_way: Callable[[], None] | None) -> None:
+        super().__init__(sock, give_way)
         self._sent = sent
 
     def send(self) -> None:
