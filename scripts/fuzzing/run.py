@@ -100,8 +100,10 @@ class _Shooting:
 
     def once(self, case: Case) -> Hit | None:
         try:
-            self._shoot(case)
-            self._target.close()
+            try:
+                self._shoot(case)
+            finally:
+                self._target.close()
         except Exception as e:
             return _hit(case, e)
         finally:

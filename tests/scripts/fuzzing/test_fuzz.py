@@ -40,8 +40,11 @@ class Brittle:
         if case["number"] > 1000:
             raise Finding(f"{case['number']} is too much")
 
+    closed = 0
+
     def close(self) -> None:
-        """There is nothing to end."""
+        """Count."""
+        type(self).closed += 1
 
 
 class Swollen(Brittle):
@@ -76,6 +79,7 @@ def test_a_hit_is_made_small_kept_and_can_be_shot_again(planted: list[str], tmp_
     again = replay(path, planted.append)
     assert again is not None
     assert "1001 is too much" in str(again)
+    assert Brittle.closed == 2
     assert f"./scripts/fuzz {path}" in planted[-2]
 
 
