@@ -93,6 +93,7 @@ def test_the_configuration_is_complete() -> None:
     tables = {"guest": "[guest.NAME]", "disk": "[disk.NAME]", "limits": "[limits]", "access": "[[access]]"}
     assert list(keys) == [tables.get(key, key) for key in server[:-1]] + guest + ["[disk.NAME]"] + disk
     assert server[-2:] == ["guest", "disk"]
+    assert keys["temp-watermark"] == f"{ServerSettings.model_fields['temp_watermark'].default}"
     assert keys["hook-seconds"] == f"{GuestSettings(before='x').hook_seconds:g}"
     assert f"127.0.0.1:{DEFAULT_PORT}" in keys["listen"]
     assert keys["drain-seconds"] == f"{ServerSettings.model_fields['drain_seconds'].default:g}"

@@ -121,9 +121,9 @@ class SnapshotAccess(Node):
         """The most bytes of temp that ever were in use."""
         return self.temp.peak_bytes
 
-    def watch_temp(self, on_pressure: Callable[[SnapshotAccess], None]) -> None:
-        """Call it, from any thread, each time that temp comes up to 80 % of its limit; at once if it is there."""
-        self.temp.watch(lambda: on_pressure(self))
+    def watch_temp(self, on_pressure: Callable[[SnapshotAccess], None], percent: int) -> None:
+        """Call it, from any thread, each time that temp comes up to `percent` of its limit; at once if it is there."""
+        self.temp.watch(lambda: on_pressure(self), percent)
 
     def set_temp_limit(self, limit: int | None) -> None:
         """From now on; bytes, None = no limit. Raises ImageError where more is in use; callers take turns."""

@@ -84,6 +84,12 @@ Examples:
     multiple=True,
     help="Folder for the temp files of snapshots; else the state folder. Of several, the one with the most free space.",
 )
+@click.option(
+    "--temp-watermark",
+    type=click.IntRange(1, 100),
+    metavar="PERCENT",
+    help="Of a snapshot's temp limit: with so much in use there is a warning; else 80.",
+)
 @click.option("--cluster-size", type=CLUSTER_SIZE, help="Unit of copying, 4K to 2M, a power of two; else 64K.")
 @click.option(
     "--image-lock",

@@ -8,6 +8,7 @@ control = "/run/fleecing/control.sock"
 control-group = "backup"                # its members may use the control socket, as root and the server's user do
 state-dir = "/var/lib/fleecing"
 temp-dir = "/var/tmp/fleecing"          # or several: ["/a", "/b"]; none: temp files lie in the state folder
+temp-watermark = 80                     # percent of a temp limit from which on there is a warning
 tls = "off"                             # TCP: off, allow, require; or one by one, as {address = ..., tls = ...}
 tls-unix = "off"                        # the same of the Unix sockets
 tls-dir = "/etc/fleecing/tls"           # server-cert.pem, server-key.pem, ca-cert.pem, ca-crl.pem
@@ -60,6 +61,7 @@ from pydantic import (
     model_validator,
 )
 
+from fleecing.block.qcow2.refcounts import WATERMARK
 from fleecing.control.access import AccessRule
 from fleecing.control.accounts import Group
 from fleecing.control.fields import ClusterSize, ExportName, Name, Size
@@ -224,6 +226,7 @@ class ServerSettings(_Settings):
     control_group: Group | None = None
     state_dir: AbsolutePath = Field(default_factory=default_state_dir)
     temp_dir: Annotated[tuple[AbsolutePath, ...], BeforeValidator(_one_or_several)] = ()
+    temp_watermark: int = Field(default=WATERMARK, ge=1, le=100)
     tls: TlsMode = TlsMode.OFF
     tls_unix: TlsMode = TlsMode.OFF
     tls_dir: AbsolutePath | None = None

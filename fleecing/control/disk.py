@@ -33,6 +33,8 @@ class Disk:
     keeper: Keeper
     chain: CheckpointChain
     export: Export
+    temp_watermark: int
+    """Percent of a temp limit."""
     problem: str | None = None
     """What `watch_image` found wrong last."""
 
@@ -130,7 +132,7 @@ def open_image(name: str, settings: DiskSettings, server: ServerSettings) -> Dis
     export = active_export(name, "active disk, read-write", node, cluster_size=settings.cluster_size)
     keeper = Keeper(folder.path, node.file, settings.cluster_size)
     chain = CheckpointChain(name, folder.checkpoints, node, settings.cluster_size)
-    return Disk(name, settings, node, folder, keeper, chain, export)
+    return Disk(name, settings, node, folder, keeper, chain, export, server.temp_watermark)
 
 
 def _refuse_qcow2(settings: DiskSettings) -> None:

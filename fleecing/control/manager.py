@@ -72,6 +72,8 @@ class Manager:
             raise
         self._settling = Ticker(self._settle, SETTLE_SECONDS, name="settle")
         self._tickers = [self._settling, Ticker(self._touch, TOUCH_SECONDS, name="alive")]
+        # One of its own: an image whose disk hangs must hold up no other disk's signs of life.
+        self._tickers.append(Ticker(self._watch_images, TOUCH_SECONDS, name="images"))
 
     def _take_over(self, opened: dict[str, Disk]) -> None:
         """What was unfinished ends first; then one disk after the other: judged, its snapshots, and it may be served.
@@ -104,9 +106,12 @@ class Manager:
         except OSError as e:
             raise ConfigError(f"state folder {self._state_dir} cannot be used: {e}") from e
 
-    def _touch(self) -> None:
+    def _watch_images(self) -> None:
         for disk in list(self.disks.values()):
             disk.watch_image()
+
+    def _touch(self) -> None:
+        for disk in list(self.disks.values()):
             try:
                 disk.keeper.touch()
             except OSError as e:

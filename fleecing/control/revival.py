@@ -110,7 +110,7 @@ def make_snapshot(disk: Disk, record: SnapshotRecord, node: SnapshotAccess, bits
     bitmap = None if bits is None or record.bitmap is None else Bitmap(record.bitmap, bits, record.cluster_size)
     name = export_name(disk.name, record.name)
     export = snapshot_export(name, _description(record), node, bitmap, read_once_grace=record.read_once_grace)
-    node.watch_temp(_report_pressure)
+    node.watch_temp(_report_pressure, disk.temp_watermark)
     return Snapshot(disk, record, node, export)
 
 

@@ -11,6 +11,7 @@ from fleecing.block.bitfile import HEAD, BitFile
 from fleecing.block.bitmap import ones
 from fleecing.block.tracking import REGIONS, SMALLEST_REGION, IntentLog, Tracker, recover, region_size
 from fleecing.errors import ImageError
+from fleecing.events import Event, event_of, fields_of
 from fleecing.units import GiB, KiB, TiB
 
 GRAIN = 64 * KiB
@@ -155,3 +156,12 @@ def test_regions_cover_the_disk(size: int) -> None:
     assert region * REGIONS >= size
     assert region >= SMALLEST_REGION
     assert region & (region - 1) == 0
+
+
+def test_whoever_gives_up_tells_of_which_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bits = BitFile.create(str(tmp_path / "c.bitmap"), size=SIZE, granularity=GRAIN)
+    intents = IntentLog.create(str(tmp_path / "c.intent"), region_size(SIZE, GRAIN))
+    Tracker(bits, intents, disk="vda", checkpoint="monday").give_up("no space")
+    (record,) = caplog.records
+    assert event_of(record) is Event.CHECKPOINT_INCONSISTENT
+    assert fields_of(record) == {"disk": "vda", "checkpoint": "monday", "reason": "no space"}

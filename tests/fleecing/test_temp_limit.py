@@ -171,3 +171,20 @@ def test_the_folder_with_the_most_free_space_takes_the_next_temp_file(serve: Ser
     finally:
         server.stop()
         folders[0].rmdir()
+
+
+def test_the_watermark_can_be_chosen(serve: Serve, tmp_path: Path) -> None:
+    make_image(tmp_path / "disk.raw", SIZE)
+    server: Server = serve(tmp_path / "disk.raw", "--temp-watermark", "40")
+    uri = server.snapshot(name="s", temp_limit=LIMIT)
+    overwrite(server, 0, LIMIT // 2)
+    server.child.wait_for_line(WARNING)
+    run("qemu-io", "-f", "raw", "-c", f"discard 0 {SIZE}", uri)
+    server.stop()
+    assert server.log.count(WARNING) == 1
+    server.start("--temp-watermark", "100")
+    server.delete("vda@s")
+    server.snapshot(name="s", temp_limit=LIMIT)
+    overwrite(server, 0, LIMIT // 2)
+    server.stop()
+    assert WARNING not in server.log

@@ -123,12 +123,14 @@ class TempImage:
             self._tell_pressure()
         return [(start << self._bits, n) for start, n in runs]
 
-    def watch(self, on_pressure: Callable[[], None]) -> None:
-        """Call it once each time that the use comes up to HIGH_PERCENT of the limit, at once if it is there already.
+    def watch(self, on_pressure: Callable[[], None], percent: int) -> None:
+        """Call it once each time that the use comes up to `percent` of the limit, at once if it is there already.
 
         It is called without the lock, by the thread that takes the space.
         """
-        self._on_pressure = on_pressure
+        with self._lock:
+            self._on_pressure = on_pressure
+            self._refcounts.set_watermark(percent)
         if self._refcounts.alarm:
             self._tell_pressure()
 

@@ -22,11 +22,10 @@ from fleecing.units import div_up
 ClusterRuns = list[tuple[int, int]]
 """(first host cluster, clusters), clusters above 0."""
 
-HIGH_PERCENT = 80
-"""Of the limit: the use from which on its owner should hear of it."""
+WATERMARK = 80
+"""Percent of the limit: the use from which on its owner should hear of it, if it is not told otherwise.
 
-LOW_PERCENT = 70
-"""Below this the next time counts as new; a use that sways around the watermark is told once."""
+Below seven eighths of that the next time counts as new; a use that sways around the watermark is told once."""
 
 
 class Refcounts:
@@ -47,6 +46,7 @@ class Refcounts:
         self._frontier = frontier
         self._capacity = geometry.capacity
         self.alarm = False  # `used` has come up to the watermark: to be told, and unset, by whoever holds the lock
+        self._watermark = WATERMARK
         self.set_limit(limit)
         self._free = FreeRuns()
         # Clusters that an L2 entry in the file may still name since neither linking nor undoing it worked. They stay
@@ -55,13 +55,20 @@ class Refcounts:
 
     def set_limit(self, limit: int | None) -> None:
         """From now on. A limit below what is in use takes nothing away; there is no more to be had, then."""
+        self._quota = limit
         self._limit_bytes = self._capacity * self._cluster_size if limit is None else limit
         self._limit = self._limit_bytes // self._cluster_size
         self._high, self._low = self._capacity + 1, 0  # no limit, no watermark
         if limit is not None:
-            self._high, self._low = div_up(self._limit * HIGH_PERCENT, 100), self._limit * LOW_PERCENT // 100
+            self._high = div_up(self._limit * self._watermark, 100)
+            self._low = self._high * 7 // 8
         self.alarm = self._told = False
         self._watch()
+
+    def set_watermark(self, percent: int) -> None:
+        """1 to 100, of the limit."""
+        self._watermark = percent
+        self.set_limit(self._quota)
 
     def need(self, count: int) -> None:
         """Raise TempLimitReached where `count` more clusters are not to be had."""
