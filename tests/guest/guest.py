@@ -50,8 +50,17 @@ class Answer(NamedTuple):
 class Guest:
     """A running guest. Leaving the `with` block ends it at once, as a power cut would: sync first what must last."""
 
-    def __init__(self, folder: Path, arguments: Sequence[str] = (), *, cpus: int = 1, memory: int = 256) -> None:
-        """Boot it; `arguments` go to QEMU, `memory` is in MiB. FOLDER gets the console's log."""
+    def __init__(
+        self,
+        folder: Path,
+        arguments: Sequence[str] = (),
+        *,
+        cpus: int = 1,
+        memory: int = 256,
+        options: str = "",
+        deadline: float = DEADLINE,
+    ) -> None:
+        """Boot it; `arguments` go to QEMU, `options` to the kernel, `memory` is in MiB. FOLDER gets the console log."""
         image = guest_image()
         self.console_path = folder / "console.log"
         self.console_path.touch()
@@ -61,7 +70,7 @@ class Guest:
             *("qemu-system-x86_64", "-M", "pc", "-accel", "tcg", "-cpu", CPU, "-smp", str(cpus), "-m", str(memory)),
             *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
             *("-kernel", str(image.kernel), "-initrd", str(image.initramfs)),
-            *("-append", KERNEL_OPTIONS),
+            *("-append", f"{KERNEL_OPTIONS} {options}"),
             *("-serial", f"file:{self.console_path}"),
             *("-chardev", f"socket,id=commands,fd={inner.fileno()}", "-serial", "chardev:commands"),
             *("-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="),
@@ -72,7 +81,7 @@ class Guest:
             with inner:
                 self.qemu = Child(command, folder, pass_fds=[inner.fileno()])
             on_failure.callback(self.close)
-            self._read_until(b"guest ready\n", time.monotonic() + DEADLINE)
+            self._read_until(b"guest ready\n", time.monotonic() + deadline)
             on_failure.pop_all()
 
     @property

@@ -34,6 +34,7 @@ PROGRAMS = {
     "sbin/nbd-client": "nbd-client",
     "sbin/qemu-ga": "qemu-ga",
 }
+SCRIPTS = ("init", "agent")
 
 _HERE = Path(__file__).parent
 _CACHE = _HERE.parent.parent / ".cache" / "guest"
@@ -93,7 +94,7 @@ def _downloaded() -> Path | None:
 
 def _key(package: Path) -> str:
     """A name for all that goes into the image: another one where a program of the host was upgraded."""
-    parts = [package.name, Path(__file__).read_text(), (_HERE / "init").read_text()]
+    parts = [package.name, Path(__file__).read_text(), *((_HERE / name).read_text() for name in SCRIPTS)]
     for program in PROGRAMS.values():
         state = Path(require(program)).stat()
         parts.append(f"{program} {state.st_size} {state.st_mtime_ns}")
@@ -118,8 +119,9 @@ def _build(package: Path, folder: Path) -> None:
         kernel.rename(made / "vmlinuz")
         _copy_modules(unpacked / "lib" / "modules", root / "modules")
         _copy_programs(root)
-        shutil.copy(_HERE / "init", root / "init")
-        (root / "init").chmod(0o755)
+        for name in SCRIPTS:
+            shutil.copy(_HERE / name, root / name)
+            (root / name).chmod(0o755)
         _pack(root, made / "initramfs")
         made.rename(folder)
 
@@ -148,17 +150,22 @@ def _copy_modules(source: Path, target: Path) -> None:
 
 
 def _copy_programs(root: Path) -> None:
-    """The programs, and the shared libraries that they are linked with, each at the path that the loader looks for."""
+    """The programs, and the shared libraries that they are linked with."""
     for name, program in PROGRAMS.items():
         source = require(program)
         (root / name).parent.mkdir(exist_ok=True)
         shutil.copy(source, root / name)
-        linked = subprocess.run([require("ldd"), source], capture_output=True, text=True, check=False).stdout
-        for library in re.findall(r"(/\S+) \(0x", linked):
-            target = root / library[1:]
-            if not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(library, target)
+        copy_libraries(source, root)
+
+
+def copy_libraries(program: str, root: Path) -> None:
+    """What a program or library of the host is linked with, at the path that the loader looks for."""
+    linked = subprocess.run([require("ldd"), program], capture_output=True, text=True, check=False).stdout
+    for library in re.findall(r"(/\S+) \(0x", linked):
+        target = root / library[1:]
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(library, target)
 
 
 def _pack(root: Path, target: Path) -> None:
