@@ -16,11 +16,6 @@ TIMEOUT = 180.0
 """Seconds; longer than the server itself waits for anything that a call may wait for."""
 
 
-def snapshot_path(which: tuple[str, str]) -> str:
-    """The API's path of a snapshot; names need no quoting."""
-    return f"/v1/snapshots/{which[0]}@{which[1]}"
-
-
 class ControlClient:
     """Talks to the server whose control socket is at `path`."""
 

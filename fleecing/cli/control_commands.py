@@ -8,10 +8,11 @@ from typing import Any
 import click
 
 from fleecing.block.copy_before_write import OnCbwError
-from fleecing.cli.control_client import ControlClient, snapshot_path
+from fleecing.cli.control_client import ControlClient
 from fleecing.cli.output import fields, local_time, print_json, table
 from fleecing.cli.params import EXPORT, GRACE, NAME, NEW_LIMIT, TEMP_LIMIT, control_option, json_option
 from fleecing.control.models import DEFAULT_CBW_TIMEOUT, DEFAULT_READ_ONCE_GRACE
+from fleecing.control.names import snapshot_path
 from fleecing.errors import ControlError
 from fleecing.units import format_size
 

@@ -14,8 +14,9 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from fleecing.cli.control_client import ControlClient, snapshot_path
+from fleecing.cli.control_client import ControlClient
 from fleecing.cli.params import EXPORT, control_option, json_option
+from fleecing.control.names import snapshot_path
 from fleecing.units import div_up, format_size
 
 MAX_ROWS = 16

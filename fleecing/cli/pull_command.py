@@ -11,11 +11,11 @@ import click
 
 from fleecing.cli import pull_display
 from fleecing.cli.chain_pull import SnapshotFacts, add_point, pull_point
-from fleecing.cli.control_client import ControlClient, snapshot_path
+from fleecing.cli.on_demand import load
 from fleecing.cli.output import sentence
 from fleecing.cli.params import Checked, control_option
 from fleecing.cli.pull_display import JsonLines
-from fleecing.control.names import split_export
+from fleecing.control.names import snapshot_path, split_export
 from fleecing.errors import ControlError, FleecingError
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.chain import new_chain
@@ -179,7 +179,7 @@ def _facts(source: str, uri: NbdUri, control: str) -> SnapshotFacts:
     """What the server at the control socket tells of the snapshot; asked for by its URI, it may be another's."""
     try:
         which = split_export(source if "://" not in source else uri.export)
-        return SnapshotFacts.of(ControlClient(control).request("GET", snapshot_path(which)))
+        return SnapshotFacts.of(_ask(control, "GET", snapshot_path(which)))
     except (ControlError, ValueError):
         if "://" not in source:
             raise
@@ -222,26 +222,28 @@ def resolve(source: str, control: str) -> tuple[NbdUri, pull_display.TempCall]:
         which = split_export(source)
     except ValueError as e:
         raise click.BadParameter(str(e), param_hint="URI|DISK@SNAPSHOT") from None
-    info = ControlClient(control).request("GET", snapshot_path(which))
+    info = _ask(control, "GET", snapshot_path(which))
     return NbdUri.parse(info["uris"][0]), _temp_call(control, source)
+
+
+def _ask(control: str, method: str, path: str, **options: Any) -> Any:
+    """Of the server at the control socket, if there is anything to ask: an HTTP client takes long to import."""
+    return load("control_client:ControlClient")(control, **options).request(method, path)
 
 
 def _temp_call(control: str, export: str) -> pull_display.TempCall:
     """Asks the server at the control socket, until it does not know the snapshot."""
-    client: ControlClient | None = ControlClient(control, timeout=5)
     try:
-        which = split_export(export)
+        path = snapshot_path(split_export(export))
     except ValueError:
-        client, which = None, ("", "")
+        path = ""
 
     def temp() -> int | None:
-        nonlocal client
-        if client is None:
-            return None
+        nonlocal path
         try:
-            return int(client.request("GET", snapshot_path(which))["temp"]["used"])
+            return int(_ask(control, "GET", path, timeout=5)["temp"]["used"]) if path else None
         except ControlError:
-            client = None
+            path = ""
             return None
 
     return temp

@@ -46,3 +46,8 @@ def split_export(text: str) -> tuple[str, str]:
     if not at:
         raise ValueError(f"'{text[:140]}' names no snapshot: write DISK@SNAPSHOT, as in vda@monday")
     return check_name(disk), check_name(snapshot)
+
+
+def snapshot_path(which: tuple[str, str]) -> str:
+    """The API's path of a snapshot; names need no quoting."""
+    return f"/v1/snapshots/{which[0]}@{which[1]}"

@@ -20,7 +20,16 @@ print(*sorted({name.partition(".")[0] for name in sys.modules} | {name for name 
 def test_a_pull_imports_no_server() -> None:
     imported = set(run(sys.executable, "-c", _NAMED).split())
     assert "fleecing.pull.engine" in imported
-    for costly in ("aiohttp", "pydantic", "prometheus_client", "rich", "uvloop", "asyncio", "fleecing.control.daemon"):
+    for costly in (
+        "aiohttp",
+        "pydantic",
+        "prometheus_client",
+        "rich",
+        "uvloop",
+        "asyncio",
+        "http",
+        "fleecing.control.daemon",
+    ):
         assert costly not in imported
     assert not any(name.startswith("fleecing.server") for name in imported)
 
