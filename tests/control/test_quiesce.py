@@ -84,13 +84,23 @@ class House:
 @pytest.fixture
 def house(tmp_path: Path, agent: FakeAgent) -> Iterator[House]:
     """Disks vda and vdb of a guest that has an agent, and vdc of nobody."""
-    web = {"agent": str(agent.path), "hook-seconds": 0.5}
-    house = House(tmp_path, {"web": web}, {"vda": "web", "vdb": "web", "vdc": None})
+    yield from open_house(tmp_path, agent, 60)
+
+
+@pytest.fixture
+def impatient(tmp_path: Path, agent: FakeAgent) -> Iterator[House]:
+    """The same, for an agent that does not answer in time."""
+    yield from open_house(tmp_path, agent, 1.5)
+
+
+def open_house(folder: Path, agent: FakeAgent, seconds: float) -> Iterator[House]:
+    web = {"agent": str(agent.path), "hook-seconds": seconds}
+    house = House(folder, {"web": web}, {"vda": "web", "vdb": "web", "vdc": None})
     yield house
     for event in (*agent.hold.values(), *agent.hold_answer.values()):
         event.set()
     house.end()
-    assert not agent.frozen or "somebody else" in agent.errors
+    assert not agent.frozen
     assert house.records == []
 
 
@@ -172,12 +182,12 @@ def test_a_guest_that_somebody_else_has_frozen_is_left_to_him(house: House, agen
     agent.frozen = False
 
 
-def test_a_guest_without_an_agent_is_not_waited_for_for_ever(house: House, agent: FakeAgent) -> None:
+def test_a_guest_without_an_agent_is_not_waited_for_for_ever(impatient: House, agent: FakeAgent) -> None:
     agent.mute = True
-    assert f"its agent does not answer on {agent.path} within 0.5 s" in house.refused()
-    assert house.records == []
+    assert f"its agent does not answer on {agent.path} within 1.5 s" in impatient.refused()
+    assert impatient.records == []
     agent.mute = False
-    house.freeze()
+    impatient.freeze()
 
 
 def test_a_socket_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -186,20 +196,20 @@ def test_a_socket_that_is_not_there_is_named(tmp_path: Path) -> None:
     house.end()
 
 
-def test_a_guest_that_freezes_too_late_is_thawed_then(house: House, agent: FakeAgent) -> None:
+def test_a_guest_that_freezes_too_late_is_thawed_then(impatient: House, agent: FakeAgent) -> None:
     agent.hold[FREEZE] = threading.Event()
-    assert "its agent gave no answer to guest-fsfreeze-freeze within 0.5 s" in house.refused()
-    assert len(house.records) == 1
-    assert "it is not thawed yet from the last time" in house.refused()
+    assert "its agent gave no answer to guest-fsfreeze-freeze within 1.5 s" in impatient.refused()
+    assert len(impatient.records) == 1
+    assert "it is not thawed yet from the last time" in impatient.refused()
     agent.hold[FREEZE].set()
     agent.wait_for(lambda agent: THAW in agent.commands and not agent.frozen)
-    house.manager.guests.close()
-    assert house.records == []
+    impatient.manager.guests.close()
+    assert impatient.records == []
 
 
-def test_a_thaw_that_is_not_confirmed_costs_the_snapshot_and_goes_on(house: House, agent: FakeAgent) -> None:
+def test_a_thaw_that_is_not_confirmed_costs_the_snapshot_and_goes_on(impatient: House, agent: FakeAgent) -> None:
     agent.hold[THAW] = threading.Event()
-    assert "guest 'web' is not thawed yet: its agent gave no answer to guest-fsfreeze-thaw" in house.refused()
+    assert "guest 'web' is not thawed yet: its agent gave no answer to guest-fsfreeze-thaw" in impatient.refused()
     assert agent.frozen
     agent.hold[THAW].set()
     agent.wait_for(lambda agent: not agent.frozen)
@@ -262,7 +272,7 @@ def create(children: Children, server: Server) -> Any:
 def test_a_client_that_dies_leaves_no_guest_frozen(
     children: Children, serve: Serve, agent: FakeAgent, image: Path
 ) -> None:
-    server = serve(image, "--guest-agent", str(agent.path), "--hook-seconds", "1")
+    server = serve(image, "--guest-agent", str(agent.path), "--hook-seconds", "60")
     agent.hold_answer[FREEZE] = threading.Event()
     client = create(children, server)
     agent.wait_for(lambda agent: agent.frozen)
@@ -316,11 +326,10 @@ def test_what_a_killed_server_left_frozen_the_next_one_thaws(
     agent.wait_for(lambda agent: not agent.frozen)
     server.child.wait_for_line("guest vda is NOT thawed: an earlier server ended while it was frozen")
     server.child.wait_for_line("guest vda is thawed$")
+    assert server.status()["snapshots"] == []
     server.stop()
     assert (tmp_path / "after").read_text() == "vda\n"
     assert not list(server.state_dir.glob(".frozen-*"))
-    server.start()
-    assert server.status()["snapshots"] == []
 
 
 # Commands.
@@ -358,9 +367,9 @@ def test_after_is_run_though_before_failed_and_its_words_are_told(tmp_path: Path
 
 def test_a_command_that_hangs_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
     house = commands(
-        tmp_path, f"sh -c 'echo $$ >{tmp_path}/pid; exec sleep 1000' & wait", "true", **{"hook-seconds": 1.0}
+        tmp_path, f"sh -c 'echo $$ >{tmp_path}/pid; exec sleep 1000' & wait", "true", **{"hook-seconds": 3.0}
     )
-    assert "took more than 1 s: killed" in house.refused()
+    assert "took more than 3 s: killed" in house.refused()
     pid = (tmp_path / "pid").read_text().strip()
     state = Path(f"/proc/{pid}/stat")
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX"
