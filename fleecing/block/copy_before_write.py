@@ -320,8 +320,8 @@ class CopyBeforeWrite(Node):
             touched = clusters_touched(offset, length, clusters.cluster_size)
             return snapshot.copier.save(*touched, deadline, waiting=waiting)
         except Exception as e:
-            if not clusters.needs_copy(offset, length):
-                return True  # all that failed was trimmed meanwhile: nobody needs it
+            if clusters.broken is not None or not clusters.needs_copy(offset, length):
+                return True  # all that failed was given up or trimmed meanwhile: nobody needs it
             if snapshot.on_cbw_error is OnCbwError.BREAK_GUEST_WRITE:
                 raise
             overdue = isinstance(e, TimeoutError)  # it waited for another change's copy

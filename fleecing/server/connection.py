@@ -337,9 +337,9 @@ class Connection:
             raise ProtocolError(f"a payload of {payload} bytes is above the maximum of {MAXIMUM_PAYLOAD}")
         whole = header_size + payload
         if payload > LONGEST_WHOLE:
-            self._start += header_size
             if self._writes:
                 self._serve_writes()  # what is received next takes the place of their data
+            self._start += header_size  # only now: a fresh thread in the place of one that hangs there begins here
             self._serve_long_payload(command, flags, cookie, offset, payload)
             return True
         if self._end - self._start < whole:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -277,6 +278,52 @@ def test_hanging_temp_fails_the_guest_write_at_the_timeout_where_that_is_asked_f
     rig.disk.write(0, NEW[:CLUSTER])
     assert snapshot.broken is None
     assert snapshot.read(0, SIZE) == OLD
+
+
+@pytest.mark.parametrize("end", ["broken", "deleted"])
+def test_a_copy_that_fails_when_its_snapshot_is_given_up_already_is_no_error_of_the_guest(
+    make_rig: MakeRig, end: str
+) -> None:
+    rig = make_rig(OLD)
+    snapshot, temp = rig.snapshot(on_cbw_error=OnCbwError.BREAK_GUEST_WRITE)
+    temp.hold = hold = threading.Event()
+    write = in_thread(lambda: rig.disk.write(0, NEW[:CLUSTER]))
+    assert temp.held.acquire(timeout=SECONDS)
+    if end == "deleted":
+        with pytest.raises(TimeoutError):
+            snapshot.remove(0)
+    else:
+        snapshot.clusters.break_("its disk loses writes")
+    temp.fail = OSError(errno.EIO, "temp is gone")
+    hold.set()
+    write.wait()
+    assert rig.disk.read(0, SIZE) == NEW[:CLUSTER] + OLD[CLUSTER:]
+
+
+def test_a_change_that_waited_for_the_lock_of_a_deleted_snapshot_copies_nothing(make_rig: MakeRig) -> None:
+    rig = make_rig(OLD)
+    snapshot, temp = rig.snapshot()
+    lock, looked = snapshot.clusters.lock, threading.Event()
+
+    class Contended:
+        """Whoever enters has looked at `broken` before, and finds the lock taken."""
+
+        def __enter__(self) -> None:
+            looked.set()
+            lock.acquire()
+
+        def __exit__(self, *error: object) -> None:
+            lock.release()
+
+    lock.acquire()
+    snapshot.clusters.lock = Contended()  # type: ignore[assignment]
+    save = in_thread(lambda: snapshot.copier.save(0, 1))
+    assert looked.wait(SECONDS)
+    snapshot.clusters.break_("deleted")
+    temp.fail = OSError(errno.EIO, "temp is closed")  # whoever removes it saw no task
+    lock.release()
+    save.wait()
+    snapshot.clusters.lock = lock
 
 
 def test_timeout_of_more_than_four_seconds_does_not_wrap(make_rig: MakeRig) -> None:

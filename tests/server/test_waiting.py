@@ -191,6 +191,28 @@ def test_writes_that_hang_together_in_a_temp_hold_up_nothing(rig: Rig, line: Mak
     assert client.ask(Cmd.WRITE, 20 * CLUSTER, payload=b"c" * 10).error == 0
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_long_write_behind_writes_that_hang_in_a_temp_is_taken_from_its_header_on(
+    rig: Rig, line: MakeLine, mode: ReplyMode, count: int
+) -> None:
+    snapshot, temp = rig.snapshot()
+    client = line(active_export("vda", "", rig.disk, cluster_size=CLUSTER), mode)
+    long, place = pattern(MiB + 100, seed=3), MiB + 512 * KiB
+    assert client.ask(Cmd.WRITE, 0, payload=bytes(len(long))).error == 0  # so that it needs no copy below
+    temp.hold = threading.Event()
+    client.send(
+        *(client.request(Cmd.WRITE, place + 2 * n * CLUSTER, payload=b"n" * 10, cookie=10 + n) for n in range(count)),
+        client.request(Cmd.WRITE, 0, payload=long, cookie=1),
+    )
+    assert client.reply().cookie == 1
+    assert client.ask(Cmd.READ, 0, 5000).data == long[:5000]
+    temp.hold.set()
+    assert set(client.replies(count)) == set(range(10, 10 + count))
+    assert client.ask(Cmd.READ, 0, len(long)).data == long
+    assert client.ask(Cmd.READ, place, 11).data == b"n" * 10 + pattern(SIZE)[place + 10 : place + 11]
+    assert snapshot.read(0, SIZE) == pattern(SIZE)
+
+
 def test_writes_in_flight_are_done_before_a_long_one_takes_their_memory(disk: Disk, line: MakeLine) -> None:
     client = line(disk.export, SIMPLE)
     long = pattern(SIZE - MiB // 2, seed=3)
