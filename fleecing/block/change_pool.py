@@ -97,7 +97,9 @@ class ChangePool:
         self._hanging: set[Attempt] = set()  # taken from their threads, which have not come back
         self._taking = threading.Lock()  # held by the watch while it takes an attempt away
         self._start_lock = threading.Lock()
-        self._threads: list[threading.Thread] = []  # that do not hang; under _start_lock
+        self._threads: list[threading.Thread] = []  # that do not hang; under _start_lock, as are the next two
+        self._watched = False
+        self._short = False  # there were fewer threads to be had than there should be
         self._busy = threading.Event()
         self._stopped = threading.Event()
 
@@ -137,11 +139,9 @@ class ChangePool:
     def grow(self, workers: int) -> None:
         """Have at least so many threads from now on."""
         with self._start_lock:
-            missing = workers - self._workers
             self._workers = max(workers, self._workers)
             if self._threads:
-                for _ in range(missing):
-                    self._start_worker()
+                self._fill_up()
 
     def close(self, timeout: float) -> None:
         """End the threads when they are through with what was submitted; wait `timeout` seconds at most for that."""
@@ -156,16 +156,33 @@ class ChangePool:
         self._busy.set()
 
     def _start(self) -> None:
+        """Raises RuntimeError where no thread is to be had; the next change tries again."""
         with self._start_lock:
-            if not self._threads:
-                for _ in range(self._workers):
-                    self._start_worker()
+            if not self._watched:
                 threading.Thread(target=self._watch, name=f"{self._name} watch", daemon=True).start()
+                self._watched = True
+            if not self._threads:
+                self._start_worker()  # one is enough to go on with, the watch starts the others
+                self._fill_up()
+
+    def _fill_up(self) -> None:
+        """As many workers as there should be, or as there are threads to be had. Under _start_lock."""
+        try:
+            while len(self._threads) < self._workers:
+                self._start_worker()
+        except RuntimeError as e:
+            if not self._short:
+                self._short = True
+                log.warning(
+                    "%s: %d of %d threads for guest changes: %s", self._name, len(self._threads), self._workers, e
+                )
+        else:
+            self._short = False
 
     def _start_worker(self) -> None:
         thread = threading.Thread(target=self._work, name=f"{self._name} copy", daemon=True)
-        self._threads.append(thread)
         thread.start()
+        self._threads.append(thread)
 
     def _work(self) -> None:
         thread = threading.current_thread()
@@ -180,16 +197,19 @@ class ChangePool:
             self._pending.discard(change)
 
     def _replace(self, thread: threading.Thread) -> None:
-        """A worker hangs: have another in its place."""
+        """A worker hangs: have another in its place, later where none is to be had now."""
         with self._start_lock:
             self._threads.remove(thread)
-            self._start_worker()
+            self._fill_up()
 
     def _watch(self) -> None:
         while not self._stopped.is_set():
             self._busy.wait()
             self._stopped.wait(WATCH_INTERVAL)  # first of all: with a change at a time this is woken once an interval
             now = time.monotonic()
+            if len(self._threads) < self._workers:
+                with self._start_lock:
+                    self._fill_up()
             for attempt in list(self._running):
                 if attempt.is_due(now):
                     with self._taking:

@@ -27,15 +27,17 @@ class Flusher:
     def submit(self, done: Done) -> None:
         """Flush, then call `done` with None or the error, in the flusher's thread. Returns at once.
 
-        After `close` nothing is flushed, and `done` is called with an error in the caller's.
+        After `close` nothing is flushed, and `done` is called with an error in the caller's. Raises RuntimeError where
+        no thread is to be had.
         """
         with self._asked:
             closed = self._closed
             if not closed:
-                self._waiting.append(done)
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name=f"{self._name} flush", daemon=True)
-                    self._thread.start()
+                    thread = threading.Thread(target=self._run, name=f"{self._name} flush", daemon=True)
+                    thread.start()
+                    self._thread = thread
+                self._waiting.append(done)
                 self._asked.notify()
         if closed:
             done(OSError(errno.EBADF, f"{self._name} is closed"))

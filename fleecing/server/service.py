@@ -114,8 +114,9 @@ class Service:
             self._share.give_back(held)
 
         def flush_first(error: Exception | None) -> None:
-            if error is None and self._changes is not None:
-                self._changes.submit_flush(answer)
+            changes = self._changes
+            if error is None and changes is not None:
+                _start(answer, lambda: changes.submit_flush(answer))
             else:
                 answer(error)
 
@@ -179,9 +180,10 @@ class Service:
             ):
                 held = bytes(data)
                 done = self._when_done(cookie, offset, f"WRITE of {length} bytes at {offset}", flags=flags, held=length)
-                changes.submit_write(offset, held, done)
+                _start(done, lambda: changes.submit_write(offset, held, done))
             elif flags & _FUA:
-                changes.submit_flush(self._when_done(cookie, offset, f"FUA of WRITE at {offset}"))
+                done = self._when_done(cookie, offset, f"FUA of WRITE at {offset}")
+                _start(done, lambda: changes.submit_flush(done))
             else:
                 self._done(cookie, offset)
             self.bytes_written += length
@@ -249,23 +251,25 @@ class Service:
         """FLUSH, TRIM, WRITE_ZEROES."""
         changes = self._changes
         if changes is None:  # a snapshot: its trim waits for nobody or for the disk, and there is nothing to flush
-            if command is Cmd.TRIM and self._submit_trim is not None:
+            submit_trim = self._submit_trim
+            if command is Cmd.TRIM and submit_trim is not None:
                 done = self._when_done(cookie, offset, f"TRIM of {length} bytes at {offset}")
-                self._submit_trim(offset, length, done)
+                _start(done, lambda: submit_trim(offset, length, done))
                 return
             if command is Cmd.TRIM:
                 self._node.discard(offset, length)
             self._done(cookie, offset)
             return
         if command is Cmd.FLUSH:
-            changes.submit_flush(self._when_done(cookie, offset, "FLUSH"))
+            done = self._when_done(cookie, offset, "FLUSH")
+            _start(done, lambda: changes.submit_flush(done))
             return
         done = self._when_done(cookie, offset, f"{command.name} of {length} bytes at {offset}", flags=flags)
         if command is Cmd.TRIM:
-            changes.submit_discard(offset, length, done)
+            _start(done, lambda: changes.submit_discard(offset, length, done))
         else:
             may_unmap, fast_only = not flags & CmdFlag.NO_HOLE, bool(flags & CmdFlag.FAST_ZERO)
-            changes.submit_zeroes(offset, length, done, may_unmap=may_unmap, fast_only=fast_only)
+            _start(done, lambda: changes.submit_zeroes(offset, length, done, may_unmap=may_unmap, fast_only=fast_only))
 
     # READ, where the connection's hot path does not serve it.
 
@@ -371,7 +375,16 @@ class LongWrite:
         service = self._service
         if self._refusal is not None:
             service.refuse(self._cookie, self._offset, self._refusal)
-        elif self._flags & _FUA and service._changes is not None:
-            service._changes.submit_flush(service._when_done(self._cookie, self._offset, self._doing))
+        elif self._flags & _FUA and (changes := service._changes) is not None:
+            done = service._when_done(self._cookie, self._offset, self._doing)
+            _start(done, lambda: changes.submit_flush(done))
         else:
             service._done(self._cookie, self._offset)
+
+
+def _start(done: Done, submit: Callable[[], None]) -> None:
+    """Submit a request that is to call `done`; where that fails (there is no thread to be had) it is over at once."""
+    try:
+        submit()
+    except Exception as e:
+        done(e)

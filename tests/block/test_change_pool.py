@@ -8,6 +8,7 @@ import time
 import pytest
 
 from fleecing.block.change_pool import Attempt, Change, ChangePool
+from fleecing.block.flusher import Flusher
 from tests.block.rig import SECONDS
 
 
@@ -84,3 +85,52 @@ def test_more_threads_take_what_waits_behind_one_that_hangs() -> None:
     pool.pool.grow(1)  # never fewer
     pool.pool.close(SECONDS)
     assert pool.done == [None] * 2
+
+
+def no_thread(self: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_where_no_thread_was_to_be_had_the_next_change_finds_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool(again=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(RuntimeError):
+            pool.submit(hang=False, seconds=SECONDS)
+    pool.submit(hang=False, seconds=SECONDS)
+    assert pool.answered.acquire(timeout=SECONDS)
+    pool.pool.close(SECONDS)
+
+
+def test_the_watch_goes_on_where_no_thread_is_to_be_had_for_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool(again=False)
+    pool.submit(hang=False, seconds=SECONDS)
+    assert pool.answered.acquire(timeout=SECONDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        pool.submit(hang=True, seconds=0.05)
+        assert pool.answered.acquire(timeout=SECONDS)  # its time is over all the same
+    pool.submit(hang=False, seconds=SECONDS)
+    assert pool.answered.acquire(timeout=SECONDS)
+    pool.let_go.set()
+    assert pool.lost.acquire(timeout=SECONDS)
+    pool.pool.close(SECONDS)
+
+
+def test_a_flusher_that_found_no_thread_finds_one_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = threading.Semaphore(0)
+    ends: list[Exception | None] = []
+
+    def tell(error: Exception | None) -> None:
+        ends.append(error)
+        done.release()
+
+    flusher = Flusher(lambda: None, name="test")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(RuntimeError):
+            flusher.submit(tell)
+    flusher.submit(tell)
+    assert done.acquire(timeout=SECONDS)
+    flusher.close(SECONDS)
+    assert ends == [None]

@@ -249,6 +249,23 @@ def no_thread(self: threading.Thread) -> None:
     raise RuntimeError("can't start new thread")
 
 
+@pytest.mark.parametrize("command", [Cmd.WRITE, Cmd.FLUSH])
+def test_a_request_that_no_thread_can_be_had_for_fails_and_is_over(
+    disk: Disk, line: MakeLine, monkeypatch: pytest.MonkeyPatch, command: Cmd
+) -> None:
+    held = Pool(disk)
+    client = line(held.export, SIMPLE)
+
+    def refuse(done: Done, length: int) -> None:
+        raise OSError(5, "no thread to be had")
+
+    monkeypatch.setattr(held, "_take", refuse)
+    payload = b"x" * 100 if command is Cmd.WRITE else b""
+    assert client.ask(command, 0, payload=payload).error == NbdError.EIO
+    client.send(client.request(Cmd.DISC))
+    client.wait_closed()  # it waits for what is under way
+
+
 def test_a_flush_that_fails_says_so(disk: Disk, line: MakeLine) -> None:
     held = Pool(disk)
     client = line(held.export, STRUCTURED)
