@@ -105,7 +105,7 @@ class BlockCopy:
             return False
         while clusters.broken is None:
             with clusters.lock:
-                if clusters.broken is not None:  # while the lock was waited for: who removes it has seen no task
+                if clusters.is_broken():  # while the lock was waited for: who removes it has seen no task
                     break
                 first = clusters.copy.find(1, first, end)
                 if first < 0:

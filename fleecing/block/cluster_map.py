@@ -113,6 +113,10 @@ class ClusterMap:
         on_broken, self._on_broken = self._on_broken, _told_already
         on_broken(cause)
 
+    def is_broken(self) -> bool:
+        """Whether it is by now: another thread may have broken it since the last look."""
+        return self.broken is not None
+
     def needs_copy(self, offset: int, length: int) -> bool:
         """Whether a change of these bytes must save a cluster first. One look, no lock."""
         shift = self.shift

@@ -320,7 +320,7 @@ class CopyBeforeWrite(Node):
             touched = clusters_touched(offset, length, clusters.cluster_size)
             return snapshot.copier.save(*touched, deadline, waiting=waiting)
         except Exception as e:
-            if clusters.broken is not None or not clusters.needs_copy(offset, length):
+            if clusters.is_broken() or not clusters.needs_copy(offset, length):
                 return True  # all that failed was given up or trimmed meanwhile: nobody needs it
             if snapshot.on_cbw_error is OnCbwError.BREAK_GUEST_WRITE:
                 raise
