@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import ssl
@@ -71,7 +72,10 @@ def _talk(uri: NbdUri, handshake: ClientHandshake | ExportListing, timeout: floa
     """Open the socket and run the handshake to its end; an `ssl.SSLSocket` where it went through TLS."""
     context = client_context(uri) if uri.tls else None
     deadline = time.monotonic() + timeout
-    sock = _open(uri, timeout)
+    try:
+        sock = _open(uri, timeout)
+    except OSError as e:  # without an errno: of a path that is too long
+        raise OSError(e.errno or errno.ENAMETOOLONG, e.strerror or str(e), str(uri)) from e
     try:
         sock.sendall(handshake.data_to_send())
         while not handshake.done:
@@ -95,6 +99,9 @@ def _talk(uri: NbdUri, handshake: ClientHandshake | ExportListing, timeout: floa
     except ssl.SSLError as e:
         sock.close()
         raise refused(uri, e) from None
+    except (BrokenPipeError, ConnectionResetError):
+        sock.close()
+        handshake.connection_lost()
     except (OSError, FleecingError):
         _goodbye(sock, handshake.data_to_send())
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from click.testing import CliRunner, Result
 
 from fleecing.cli.control_client import ControlClient
 from fleecing.cli.main import main
+from tests.client.servers import cutting, nbdkit
 from tests.crash.forked import ForkedCommand, ForkedServer
-from tests.images import IS_ROOT, MIB, loop_device, make_image, tmpfs
-from tests.peers import run
+from tests.images import FULL, IS_ROOT, MIB, little_space, loop_device, make_image, tmpfs
+from tests.peers import run, run_any
 
 SIZE = 6 * MIB + 512
 
@@ -109,6 +111,62 @@ def test_a_target_folder_that_vanishes_is_told(server: ForkedServer, tmp_path: P
         backups = tmp_path / "other"
         fleecing("backup", "vda", backups, "--control", server.control)
         fleecing("verify", backups)
+
+
+# Restoring, and pruning, into too little space; what is there stays as it is
+
+
+@pytest.fixture
+def backups(server: ForkedServer, image: Path, tmp_path: Path) -> Path:
+    """Two points of the disk."""
+    for number in range(2):
+        fleecing("backup", "vda", tmp_path / "backups", "--compress", "none", "--control", server.control)
+        run("qemu-io", "-f", "raw", "-c", "write -P 7 1M 100k", f"nbd+unix:///vda?socket={server.unix}")
+        assert len(list((tmp_path / "backups" / "vda").glob("*.qcow2"))) == number + 1
+    return tmp_path / "backups" / "vda"
+
+
+def test_a_restore_to_a_target_that_cannot_be_written_is_told(backups: Path, read_only: Path) -> None:
+    result = fleecing("restore", backups, read_only, expect=1)
+    assert str(read_only) in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("how", FULL)
+@pytest.mark.parametrize("name", ["out.img", "out.qcow2"])
+def test_a_restore_into_too_little_space_leaves_nothing(backups: Path, tmp_path: Path, how: str, name: str) -> None:
+    with little_space(how, tmp_path / "small", 2 * MIB) as (folder, wrapper):
+        words = [*wrapper, sys.executable, "-m", "fleecing", "restore", str(backups), str(folder / name)]
+        result = run_any(words[0], *words[1:])
+        assert result.returncode == 1
+        assert result.stderr.startswith(f"Error: {folder / name}.part: ") and len(result.stderr.splitlines()) == 1
+        assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", FULL)
+def test_pruning_without_space_for_the_merged_file_keeps_every_point(backups: Path, tmp_path: Path, how: str) -> None:
+    with little_space(how, tmp_path / "small", 7 * MIB) as (folder, wrapper):
+        if not wrapper:
+            shutil.copytree(backups, folder, dirs_exist_ok=True)
+        else:
+            wrapper, folder = ["prlimit", f"--fsize={2 * MIB}"], backups
+        before = sorted(path.name for path in folder.iterdir())
+        words = [*wrapper, sys.executable, "-m", "fleecing", "prune", str(folder), "--keep", "1"]
+        result = run_any(words[0], *words[1:])
+        assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+        fleecing("verify", folder)
+        assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("budget", [10, 500, 700])
+def test_an_export_that_vanishes_during_a_restore_is_told(backups: Path, tmp_path: Path, budget: int) -> None:
+    """After so many bytes of its answers: in the handshake, or among the writes."""
+    (tmp_path / "relay").mkdir()
+    with (
+        nbdkit(tmp_path, "memory", str(SIZE)) as there,
+        cutting(tmp_path / "relay", there, [budget] + [0] * 99) as uri,
+    ):
+        result = fleecing("restore", backups, uri, expect=1)
+    assert len(result.stderr.splitlines()) == 1
 
 
 if IS_ROOT:

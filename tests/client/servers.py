@@ -39,7 +39,8 @@ def nbd_server(folder: Path, image: Path) -> Iterator[NbdUri]:
 
     def serve(sock: socket.socket) -> None:
         with subprocess.Popen(command, stdin=sock.fileno(), stdout=subprocess.DEVNULL) as process:
-            ended.wait(TIMEOUT)
+            while process.poll() is None and not ended.wait(0.01):
+                pass
             process.kill()
 
     with served(folder, serve) as uri:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from fleecing.pull.qcow2_codec import Compression
 from fleecing.pull.qcow2_target import Qcow2Options, Qcow2Target
 from fleecing.pull.target import RawTarget
 from fleecing.units import KiB, MiB
-from tests.client.servers import activated, cutting, nbdkit
+from tests.client.servers import activated, cutting, nbd_server, nbdkit
 from tests.images import make_sparse
 from tests.peers import Child, listen_unix, run
 from tests.serving import Serve
@@ -40,17 +43,65 @@ def pull_raw(path: Path, uri: NbdUri, options: PullOptions = COMES_BACK) -> Pull
     return pull(uri, lambda size: RawTarget.create(str(path), size), options)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_pull_through_many_cuts_is_byte_exact(tmp_path: Path, image: Path, seed: int) -> None:
-    """Cut in handshakes, in headers, in payloads. (nbdkit 1.32 is no server for this: it aborts in raw_send_socket.)"""
+@contextmanager
+def mortal_nbdkit(folder: Path, *arguments: str) -> Iterator[NbdUri]:
+    """nbdkit, started again whenever it has ended, as systemd would; its socket stays."""
+    ended = threading.Event()
+
+    def keep() -> None:
+        for number in itertools.count():
+            if ended.is_set():
+                return
+            with Child(["nbdkit", "-f", *arguments], folder, name=f"nbdkit{number}", activate=listener.dup()) as child:
+                while child.returncode is None and not ended.wait(0.01):
+                    pass
+
+    with listen_unix(folder / "peer.sock") as listener:
+        keeper = threading.Thread(target=keep)
+        keeper.start()
+        try:
+            yield NbdUri(socket=str(folder / "peer.sock"))
+        finally:
+            ended.set()
+            keeper.join()
+
+
+def peer(kind: str, folder: Path, image: Path) -> AbstractContextManager[NbdUri]:
+    if kind == "qemu-nbd":
+        return activated(folder, "qemu-nbd", "-t", "-r", "-e", "99", "-f", "raw", "-x", "", str(image))
+    if kind == "qemu-storage-daemon":
+        words = ["--blockdev", f"driver=raw,node-name=d,read-only=on,file.driver=file,file.filename={image}"]
+        words += ["--nbd-server", "addr.type=fd,addr.str=3,max-connections=0"]
+        return activated(folder, "qemu-storage-daemon", *words, "--export", "type=nbd,id=e,node-name=d,name=")
+    if kind == "nbd-server":
+        return nbd_server(folder, image)
+    # It ends with its last client. Besides, 1.32 aborts in raw_send_socket where a connection is cut.
+    filters = ("--filter=exitlast", "--filter=delay")
+    return mortal_nbdkit(folder, "-r", *filters, "file", str(image), "rdelay=1ms")
+
+
+@pytest.mark.parametrize(
+    "kind, seed",
+    [("qemu-nbd", 0), ("qemu-nbd", 1), ("qemu-storage-daemon", 2), ("nbd-server", 3), ("nbdkit", 4), ("nbdkit", 5)],
+)
+def test_a_pull_through_many_cuts_is_byte_exact(tmp_path: Path, image: Path, kind: str, seed: int) -> None:
+    """Cut in handshakes, in headers, in payloads."""
     chance = random.Random(seed)
     budgets = [chance.choice([10, 200, 70_000, 1_000_000, 3_000_000]) + chance.randrange(100) for _ in range(12)]
     (tmp_path / "relay").mkdir()
-    server = ["qemu-nbd", "-t", "-r", "-e", "99", "-f", "raw", "-x", "", str(image)]
-    with activated(tmp_path, *server) as inner, cutting(tmp_path / "relay", inner, [MiB, *budgets]) as uri:
+    with peer(kind, tmp_path, image) as inner, cutting(tmp_path / "relay", inner, [MiB, *budgets]) as uri:
         report = pull_raw(tmp_path / "copy", uri)
-    assert (tmp_path / "copy").read_bytes()[:SIZE] == image.read_bytes()
+    # qemu-nbd and nbd-server tell whole sectors, the one rounded up, the other down
+    assert abs(report.size - SIZE) < 512
+    assert (tmp_path / "copy").read_bytes() == image.read_bytes().ljust(report.size, b"\0")[: report.size]
     assert report.reconnects > 0
+
+
+def test_a_server_that_takes_few_connections_gives_its_data_over_them(tmp_path: Path, image: Path) -> None:
+    """nbdkit tells that connections can be shared, and hangs up on each that is one too many."""
+    with nbdkit(tmp_path, "-r", "--filter=limit", "file", str(image), "limit=2") as uri:
+        pull_raw(tmp_path / "copy", uri)
+    assert (tmp_path / "copy").read_bytes() == image.read_bytes()
 
 
 def test_a_trimmed_snapshot_survives_cuts_and_is_trimmed_as_a_whole(serve: Serve, tmp_path: Path, image: Path) -> None:
