@@ -86,3 +86,10 @@ class ControlError(FleecingError):
 
 class ConfigError(FleecingError):
     """The configuration (file or command line) cannot be used as it is."""
+
+
+def sentence(error: Exception) -> str:
+    """What failed, for people: with the file that the system's error is about, and without its number."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

@@ -19,7 +19,7 @@ from fleecing.block.hostfile import HostFile
 from fleecing.block.qcow2.node import TempImage
 from fleecing.block.snapshot_access import SnapshotAccess
 from fleecing.block.tracking import Tracker
-from fleecing.errors import BlockError, ImageError, SnapshotBroken
+from fleecing.errors import BlockError, ImageError, SnapshotBroken, sentence
 from fleecing.units import align_up
 
 OnBroken = Callable[[SnapshotAccess, str], None]
@@ -176,7 +176,7 @@ def revive(
         except (OSError, BlockError) as e:
             if trimmed.note:
                 raise SnapshotBroken(trimmed.note) from e
-            trimmed.note = e.cause if isinstance(e, SnapshotBroken) else str(e)
+            trimmed.note = e.cause if isinstance(e, SnapshotBroken) else sentence(e)
             sync_note(trimmed)
             raise
         undo.pop_all()

@@ -22,9 +22,8 @@ from typing import Any, Final
 
 from fleecing.cli.chain_pull import SnapshotFacts, add_point, pull_point
 from fleecing.cli.control_client import ControlClient
-from fleecing.cli.output import sentence
 from fleecing.control.names import check_name
-from fleecing.errors import ControlError, FleecingError, ImageError
+from fleecing.errors import ControlError, FleecingError, ImageError, sentence
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.chain import Chain, locked, new_chain
 from fleecing.pull.chain_read import verify

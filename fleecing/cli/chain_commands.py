@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from fleecing.cli.output import local_time, print_json, sentence, table
-from fleecing.errors import FleecingError
+from fleecing.cli.output import local_time, print_json, table
+from fleecing.errors import FleecingError, sentence
 from fleecing.pull.chain import Chain, chains_in, open_chain, orphans_in
 from fleecing.pull.chain_read import ProgressCall
 from fleecing.pull.chain_read import restore as restore_chain

@@ -8,8 +8,7 @@ import click
 
 import fleecing
 from fleecing.cli.on_demand import load
-from fleecing.cli.output import sentence
-from fleecing.errors import FleecingError
+from fleecing.errors import FleecingError, sentence
 
 _COMMANDS: Final = {
     "backup": "backup_command:backup",

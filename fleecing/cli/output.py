@@ -33,10 +33,3 @@ def fields(pairs: Sequence[tuple[str, str]]) -> str:
 def local_time(text: str) -> str:
     """An ISO time of the server as this machine's clock shows it."""
     return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-
-
-def sentence(error: Exception) -> str:
-    """What failed, for people: with the file that the system's error is about, and without its number."""
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)

@@ -12,11 +12,10 @@ import click
 from fleecing.cli import pull_display
 from fleecing.cli.chain_pull import SnapshotFacts, add_point, pull_point
 from fleecing.cli.on_demand import load
-from fleecing.cli.output import sentence
 from fleecing.cli.params import Checked, control_option
 from fleecing.cli.pull_display import JsonLines
 from fleecing.control.names import snapshot_path, split_export
-from fleecing.errors import ControlError, FleecingError
+from fleecing.errors import ControlError, FleecingError, sentence
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.chain import new_chain
 from fleecing.pull.destination import Destination, Format

@@ -27,7 +27,7 @@ from fleecing.control.checkpoint import (
 from fleecing.control.identity import Verdict
 from fleecing.control.names import check_name
 from fleecing.control.state import CheckpointEntry, CheckpointIndex, CheckpointState, read_json
-from fleecing.errors import ImageError
+from fleecing.errors import ImageError, sentence
 from fleecing.events import Event, tell
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def _open(folder: str, entry: CheckpointEntry, size: int, verdict: Verdict, disk
         try:
             return Checkpoint(entry, _tracker(folder, entry, size, verdict, disk))
         except (OSError, ImageError) as e:
-            reason = str(e)
+            reason = sentence(e)
     return Checkpoint(entry.model_copy(update={"inconsistent": reason}), None)
 
 

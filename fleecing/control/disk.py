@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from dataclasses import dataclass, field
 
 from fleecing.block.copy_before_write import CopyBeforeWrite
 from fleecing.block.graph import open_disk
+from fleecing.block.hostfile import HostFile
 from fleecing.block.lost_snapshot import LostSnapshot
 from fleecing.block.snapshot_access import SnapshotAccess
 from fleecing.control.checkpoint import CheckpointChain
@@ -138,11 +140,15 @@ def open_image(name: str, settings: DiskSettings, server: ServerSettings) -> Dis
 def _refuse_qcow2(settings: DiskSettings) -> None:
     """Nobody who names a qcow2 file without its format wants its raw bytes served."""
     if settings.format is None:
-        with open(settings.path, "rb", buffering=0) as image:
-            if image.read(4) == b"QFI\xfb":
-                raise ImageError(
-                    settings.path,
-                    -1,
-                    "is a qcow2 image and this release serves raw ones only: convert it with "
-                    "`qemu-img convert -O raw`, or give the format raw to serve the bytes of the file as they are",
-                )
+        image = HostFile.open(settings.path, writable=False)  # does not wait for the other end of a pipe
+        try:
+            magic = os.pread(image.fd, 4, 0)
+        finally:
+            image.close()
+        if magic == b"QFI\xfb":
+            raise ImageError(
+                settings.path,
+                -1,
+                "is a qcow2 image and this release serves raw ones only: convert it with "
+                "`qemu-img convert -O raw`, or give the format raw to serve the bytes of the file as they are",
+            )

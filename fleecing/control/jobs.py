@@ -21,7 +21,7 @@ from fleecing.control.fields import Name
 from fleecing.control.manager import Manager
 from fleecing.control.models import JobChange, JobInfo, JobState, PushRequest, SnapshotRequest
 from fleecing.control.state import Kept, read_json, remove, write_json
-from fleecing.errors import ControlError, FleecingError, ImageError
+from fleecing.errors import ControlError, FleecingError, ImageError, sentence
 from fleecing.events import Event, Value, of_export, tell
 from fleecing.pull.destination import Destination, Format
 from fleecing.pull.engine import Progress, PullOptions, Trim, copy
@@ -145,7 +145,7 @@ class Job:
         except _Cancelled:
             state = JobState.CANCELLED
         except (FleecingError, OSError) as e:
-            self._error = str(e)
+            self._error = sentence(e)
         except Exception as e:
             log.exception("job %d ended in an error that nobody expected", self.number)
             self._error = f"internal error: {type(e).__name__}"
@@ -270,7 +270,7 @@ def _destination(request: PushRequest) -> Destination:
     except ValueError as e:
         raise ControlError(400, str(e)) from None
     except ImageError as e:
-        raise ControlError(409, str(e)) from None
+        raise ControlError(409, sentence(e)) from None
     return destination
 
 

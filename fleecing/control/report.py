@@ -32,7 +32,7 @@ from fleecing.control.models import (
     TempInfo,
 )
 from fleecing.control.state import CheckpointState
-from fleecing.errors import ControlError, ImageError, SnapshotBroken
+from fleecing.errors import ControlError, ImageError, SnapshotBroken, sentence
 from fleecing.server.listener import NbdServer
 from fleecing.units import div_up
 
@@ -135,11 +135,11 @@ class Reporter:
         free = 0
         folder = disk.folder.temp_location()
         try:
-            disk.node.file.check_size()
             space = os.statvfs(folder)
             free = space.f_bavail * space.f_frsize
+            disk.node.file.check_size()
         except (ImageError, OSError) as e:
-            problem = str(e)
+            problem = sentence(e)
         return DiskInfo(
             name=disk.name,
             path=disk.node.file.path,

@@ -22,7 +22,7 @@ from fleecing.control.identity import Verdict
 from fleecing.control.names import export_name
 from fleecing.control.state import SnapshotMode, SnapshotRecord, boot_id, read_json
 from fleecing.control.store import BITMAP_NAME, COPIED_NAME, RECORD_NAME, SCOPE_NAME, TEMP_NAME, TRIMMED_NAME
-from fleecing.errors import BlockError, ImageError, SnapshotBroken
+from fleecing.errors import BlockError, ImageError, SnapshotBroken, sentence
 from fleecing.events import Event, of_export, tell
 from fleecing.server.export import Bitmap, lost_export, snapshot_export
 from fleecing.units import format_size
@@ -56,7 +56,7 @@ def _revive(disk: Disk, name: str, verdict: Verdict, on_broken: OnBroken) -> Sna
             snapshot.tell(log, Event.SNAPSHOT_RESUMED, "snapshot %s goes on, temp %s", snapshot.node.temp_path)
             return snapshot
     except (OSError, BlockError) as e:
-        cause = e.cause if isinstance(e, SnapshotBroken) else str(e)
+        cause = e.cause if isinstance(e, SnapshotBroken) else sentence(e)
         reason = disk.folder.broken_mark(name) or note or cause
     disk.folder.mark_broken(name, reason)
     export, text = export_name(disk.name, name), "snapshot %s is broken: %s"

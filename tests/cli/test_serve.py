@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -52,12 +53,11 @@ def test_an_empty_image_is_refused(tmp_path: Path) -> None:
     assert "is empty: an image needs a size" in start(tmp_path, tmp_path / "a.img")
 
 
-def test_a_folder_is_no_image(tmp_path: Path) -> None:
-    assert "Is a directory" in start(tmp_path, tmp_path)
-
-
-def test_a_character_device_is_no_image(tmp_path: Path) -> None:
-    assert "is neither a regular file nor a block device" in start(tmp_path, "/dev/null")
+def test_what_is_neither_a_file_nor_a_block_device_is_no_image(tmp_path: Path) -> None:
+    """A pipe without waiting for its other end."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/null", tmp_path / "pipe", tmp_path):
+        assert "is neither a regular file nor a block device" in start(tmp_path, str(path))
 
 
 def test_a_qcow2_image_is_refused_unless_its_bytes_are_meant(tmp_path: Path) -> None:

@@ -287,7 +287,7 @@ def of_another_snapshot(folder: Path) -> None:
         (garbage, "snapshot.json: is damaged"),
         (nested, "snapshot.json: is damaged"),
         (incomplete, "snapshot.json: is damaged at 'cluster_size'"),
-        (without_temp, "temp.qcow2"),
+        (without_temp, "temp.qcow2: No such file"),
         (cut_temp, "temp.qcow2"),
         (without_bits, "trimmed.bits"),
         (of_another_snapshot, "is of vda@t"),
