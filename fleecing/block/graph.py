@@ -29,6 +29,10 @@ NOT_DURABLE = "the machine lost power or was reset while this snapshot was not d
 _freezing = threading.Lock()  # gates are closed by one at a time, or two freezes of the same disks might wait for ever
 
 
+REMOVE_SECONDS = 5.0
+"""How long a creation that failed waits for copies that have begun meanwhile."""
+
+
 @dataclass(frozen=True)
 class SnapshotSpec:
     """What a snapshot of one disk is to be. Sizes in bytes, times in seconds; `cbw_timeout` 0 = none.
@@ -95,7 +99,9 @@ def freeze(
             same_instant([disk for disk, _ in pairs], install, timeout=drain_timeout)
     except BaseException:
         for snapshot in snapshots:
-            snapshot.remove(0)
+            # A copy for a change that is under way may hold it up; the others go all the same.
+            with contextlib.suppress(TimeoutError):
+                snapshot.remove(REMOVE_SECONDS)
         raise
     for snapshot in snapshots:
         if snapshot.durable:

@@ -225,7 +225,10 @@ class Quiesce:
                     guest.tell_thawed(time.monotonic() - self._since if self._since else None)
             except Exception as e:  # whatever it is, the guest must not stay frozen for it
                 self._problem = f"guest '{guest.record.guest}' is not thawed yet: {e}; the server goes on trying"
-                self._guests.go_on(guest, e)
+                try:
+                    self._guests.go_on(guest, e)
+                except RuntimeError as none:  # no thread to be had: its record is left, and the next server thaws it
+                    self._problem = f"guest '{guest.record.guest}' is not thawed: {e}; {none}: restart the server"
                 continue
             if guest.flaw is not None:
                 self._problem = f"guest '{guest.record.guest}' may not have been frozen: {guest.flaw}"

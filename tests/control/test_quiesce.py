@@ -394,6 +394,25 @@ def test_after_is_run_until_it_works(tmp_path: Path) -> None:
     assert house.records == []
 
 
+def test_where_no_thread_can_go_on_with_one_guest_the_others_are_thawed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guests = {
+        "a": {"before": "true", "after": f"echo >>{tmp_path}/thawed"},
+        "b": {"before": "true", "after": "false"},  # frozen last, thawed first
+    }
+    house = House(tmp_path, guests, {"vda": "a", "vdb": "b"})
+
+    def no_thread(guest: object, problem: Exception) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(house.manager.guests, "go_on", no_thread)
+    assert house.refused("vda", "vdb").endswith("can't start new thread: restart the server")
+    assert (tmp_path / "thawed").exists()
+    assert len(house.records) == 1
+    house.manager.guests.close(0.1)
+
+
 def test_what_is_never_thawed_is_left_to_the_next_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     house = commands(tmp_path, "true", "false")
     house.refused()
