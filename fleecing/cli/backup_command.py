@@ -61,8 +61,8 @@ def backup(
     by the next one. A checkpoint is given up only when the backup that follows it was read again and is right. Where
     another command works on DIR, its end is waited for.
 
-    Exit code 0: done. 1: failed, and nothing was changed. 3: done, but in full, because what changed was not known;
-    the reason is told.
+    Exit code 0: done. 1: failed, and nothing was changed. 3: done, but in full, because what changed was not known,
+    or the files that an increment stands on are gone; the reason is told.
     """
     repeated = sorted({disk for disk in disks if disks.count(disk) > 1})
     if repeated:

@@ -26,7 +26,7 @@ from fleecing.control.names import check_name
 from fleecing.errors import ControlError, FleecingError, ImageError, sentence
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.chain import Chain, locked, new_chain
-from fleecing.pull.chain_read import verify
+from fleecing.pull.chain_read import check_ground, verify
 from fleecing.pull.engine import Progress as PullProgress
 from fleecing.pull.engine import PullOptions
 from fleecing.pull.manifest import write_whole
@@ -126,8 +126,12 @@ class Backup:
                 raise
             record.safe = True
             record.save(self._folder)
-            self._end(record)
-            self._prune()
+            try:
+                self._end(record)
+                self._prune()
+            except (FleecingError, OSError):
+                self._say(f"The backup {record.name} is safe; what is left to be tidied, the next one does")
+                raise
         return results
 
     def _plan(self) -> tuple[_Record, str | None, str | None]:
@@ -143,6 +147,11 @@ class Backup:
             return record, None, None
         if len(old) < len(self._disks) or len(set(old.values())) > 1:
             return record, None, "the disks' last backups are not of one instant"
+        for disk in self._disks:
+            try:
+                check_ground(self._chains[disk], len(self._chains[disk].points) - 1)
+            except (ImageError, OSError) as e:
+                return record, None, f"what an increment of {disk} would stand on is damaged: {sentence(e)}"
         return record, next(iter(old.values())), None
 
     def _make(

@@ -9,6 +9,7 @@ from typing import Any
 from fleecing.errors import ImageError
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.chain import Chain
+from fleecing.pull.chain_read import check_ground
 from fleecing.pull.engine import Check, ProgressCall, PullOptions, PullReport, pull
 from fleecing.pull.manifest import Point
 from fleecing.pull.qcow2_codec import Compression
@@ -59,11 +60,14 @@ def pull_point(
 ) -> PullReport | None:
     """Make the file of the next point, with its journal beside it; None where an earlier run had made all of it.
 
-    The chain does not know it until `add_point`. Raises what `pull` raises; what was pulled stays for `resume`.
+    The chain does not know it until `add_point`. Raises ImageError where the points that an increment stands on are
+    damaged, and what `pull` raises; what was pulled stays for `resume`.
     """
     destination = chain.destination(facts.name, since=facts.since, compression=compression, resume=resume)
     if destination.is_finished:
         return None
+    if facts.since is not None:
+        check_ground(chain, len(chain.points) - 1)
     chain.begin(facts.name)
     journal = destination.prepare()
     assert journal is not None, "a new file always has one"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Final, NamedTuple
 
 from fleecing.errors import ImageError
@@ -70,6 +70,27 @@ def open_file(chain: Chain, point: Point) -> Qcow2File:
         file.close()
         raise ImageError(file.path, 24, f"has {file.header.size} bytes, the manifest says {point.size}")
     return file
+
+
+def check_ground(chain: Chain, index: int) -> None:
+    """What stands on that point can be restored, as far as files and their headers tell; no data is read.
+
+    Raises ImageError, and OSError.
+    """
+    for point in chain.layers(index):
+        with closing(open_file(chain, point)) as file:
+            _check_header(file, point)
+        chain.path(point.chunks).stat()
+
+
+def _check_header(file: Qcow2File, point: Point) -> None:
+    header = file.header
+    if header.backing != (point.backing or ""):
+        problem = f"has the backing file '{header.backing}', the manifest says '{point.backing}'"
+        raise ImageError(file.path, 8, problem)
+    # The refcount table is the last that is written
+    if file.length() < header.table_offset + header.table_clusters * CLUSTER:
+        raise ImageError(file.path, file.length(), "is cut off there")
 
 
 def read_checked(file: Qcow2File, chunk: Chunk) -> bytes:
@@ -143,18 +164,11 @@ def verify(chain: Chain, index: int, progress: ProgressCall) -> None:
     """Read all that the point's own file has. Raises ImageError for the first damage, and OSError."""
     point = chain.points[index]
     chain.layers(index)
-    file = open_file(chain, point)
-    try:
-        header = file.header
-        if header.backing != (point.backing or ""):
-            raise ImageError(
-                file.path, 8, f"has the backing file '{header.backing}', the manifest says '{point.backing}'"
-            )
+    with closing(open_file(chain, point)) as file:
+        _check_header(file, point)
         for chunk in read_chunks(chain.path(point.chunks), point.chunks_sha256, point.size):
             if chunk.check != ZERO:
                 read_checked(file, chunk)
             elif not file.is_zero(chunk.offset, chunk.length):
                 raise ImageError(file.path, -1, f"is damaged: {chunk.length} bytes at {chunk.offset} are not zeroes")
             progress(chunk.length)
-    finally:
-        file.close()

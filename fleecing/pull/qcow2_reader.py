@@ -96,6 +96,10 @@ class Qcow2File(ClusterReader):
     def close(self) -> None:
         self._file.close()
 
+    def length(self) -> int:
+        """Bytes of the file itself."""
+        return self._file.length()
+
     def read(self, offset: int, length: int) -> bytes:
         """Bytes that this file has itself; `offset` is a multiple of the cluster. Raises ImageError for others.
 

@@ -9,9 +9,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from fleecing.cli import backup_run, chain_pull
+from fleecing.cli.main import main
 from tests.images import FULL, MIB, little_space, make_image
 from tests.peers import run
 from tests.serving import ROOT, Serve, Server
@@ -108,6 +112,88 @@ def test_several_disks_are_backed_up_together(serve: Serve, image: Path, tmp_pat
         assert_is(folder / disk, points(folder / disk)[-1], path)
     assert_tidy(server, folder, "vda", "vdb")
     run(sys.executable, "-m", "fleecing", "verify", str(folder))
+
+
+def names(server: Server) -> list[str]:
+    return [snapshot["export"] for snapshot in server.control.request("GET", "/v1/snapshots")["snapshots"]]
+
+
+def test_a_second_disk_that_fails_undoes_the_first(
+    serve: Serve, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its snapshot is gone before its turn comes. Both disks go on from the checkpoint of the backup before."""
+    other = tmp_path / "other.img"
+    make_image(other, SIZE, seed=1)
+    server = serve({"vda": image, "vdb": other})
+    folder = tmp_path / "backups"
+    disks = ("vda", "vdb")
+    backup(server, folder, *disks)
+    before = {disk: points(folder / disk) for disk in disks}
+    change(server, "vda")
+    real = chain_pull.pull_point
+
+    def then_the_other_goes(*args: Any, **more: Any) -> Any:
+        report = real(*args, **more)
+        for victim in (export for export in names(server) if export.startswith("vdb@")):
+            server.delete(victim)
+        return report
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fleecing.cli.backup_run.pull_point", then_the_other_goes)
+        result = CliRunner().invoke(main, words(server, folder, *disks)[3:])
+    assert result.exit_code == 1 and result.stderr.splitlines()[-1].startswith("Error: "), result.output
+    assert {disk: points(folder / disk) for disk in disks} == before
+    assert_tidy(server, folder, *disks)
+    found = backup(server, folder, *disks)
+    assert [result["since"] for result in found] == [before["vda"][0]] * 2
+    for disk, path in (("vda", image), ("vdb", other)):
+        assert_is(folder / disk, points(folder / disk)[-1], path)
+    assert_tidy(server, folder, *disks)
+
+
+def test_a_server_that_dies_when_the_backup_is_safe_costs_nothing(
+    server: Server, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "backups"
+    backup(server, folder)
+    change(server)
+    real = backup_run.Backup._end
+
+    def dies(self: backup_run.Backup, record: Any) -> None:
+        server.kill()
+        real(self, record)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(backup_run.Backup, "_end", dies)
+        result = CliRunner().invoke(main, words(server, folder)[3:])
+    assert result.exit_code == 1
+    assert "is safe; what is left to be tidied" in result.stderr and "no server answers" in result.stderr
+    server.start()
+    change(server, seed=5)
+    (last,) = backup(server, folder)
+    assert last["since"] == points(folder / "vda")[1]
+    assert len(points(folder / "vda")) == 3
+    assert_is(folder / "vda", str(last["point"]), image)
+    assert_tidy(server, folder, "vda")
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "without checksums"])
+def test_no_increment_is_put_on_damaged_ground(server: Server, image: Path, tmp_path: Path, damage: str) -> None:
+    """Each night's backup would look well, and nothing could be restored."""
+    folder = tmp_path / "backups"
+    (first,) = backup(server, folder)
+    backup(server, folder)
+    file = folder / "vda" / f"{first['point']}.qcow2"
+    if damage == "cut":
+        os.truncate(file, 3 * MIB)
+    else:
+        file.with_suffix(".qcow2" if damage == "gone" else ".chunks").unlink()
+    (third,) = backup(server, folder, expect=3)
+    assert third["since"] is None and f"is damaged: {folder}/vda/{first['point']}" in str(third["reason"])
+    assert_tidy(server, folder, "vda")
+    (fourth,) = backup(server, folder)
+    assert fourth["since"] == third["point"]
+    assert_is(folder / "vda", str(fourth["point"]), image)
 
 
 def test_a_lost_checkpoint_makes_a_full_backup_and_exit_code_3(server: Server, image: Path, tmp_path: Path) -> None:
