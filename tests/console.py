@@ -45,6 +45,7 @@ _VOLATILE = (
     (re.compile(r"[\d.]+ [KMG]iB/s\b"), "RATE"),
     (re.compile(r"[\d.]+ [KMGT]iB(?= +nbd\+unix)"), "FREE"),  # of the temp folder, in tables
     (re.compile(r"(?<=RATE, temp )[\d.]+ [KMG]iB"), "TEMP"),  # of a pull that the guest's writes run ahead of
+    (re.compile(r"(?<=  )([\d.]+ (us|ms|s)|-)(?=  )"), "LATENCY"),  # in tables
     (re.compile(r"--seed \d+"), "--seed N"),
     (re.compile(r"[^\s=]*/fleecing-demo-\w+"), "/tmp/fleecing-demo"),
     (re.compile(r"(?<=\S)  +"), "  "),  # columns are as wide as their widest cell

@@ -22,6 +22,7 @@ from fleecing.control.config import DEFAULT_PORT, DiskSettings, GuestSettings, L
 from fleecing.control.event_stream import KEPT, LOST, EventRing, EventStream
 from fleecing.control.jobs import Jobs
 from fleecing.control.logs import Logs
+from fleecing.control.metrics import Metrics
 from fleecing.control.models import DEFAULT_CBW_TIMEOUT
 from fleecing.control.names import NAME_RULE
 from fleecing.control.report import Reporter
@@ -109,7 +110,11 @@ def test_the_control_api_is_complete() -> None:
         manager = None
 
     routes = make_app(
-        cast(Reporter, NoReporter()), cast(Jobs, None), EventStream(cast(EventRing, None)), cast(Logs, None)
+        cast(Reporter, NoReporter()),
+        cast(Jobs, None),
+        EventStream(cast(EventRing, None)),
+        cast(Logs, None),
+        cast(Metrics, None),
     ).router.routes()
     known = {f"{route.method} {route.resource.canonical}" for route in routes if route.resource is not None}
     assert set(rows("Control API")) == {route for route in known if not route.startswith("HEAD")}
@@ -127,8 +132,9 @@ def test_the_events_are_complete() -> None:
 def test_the_figures_for_prometheus_are_complete(serve: Serve, image: Path) -> None:
     server = serve(image)
     server.snapshot(temp_limit="1M")
+    run("qemu-io", "-f", "raw", "-c", "write 0 64k", server.uri())
     text = run("curl", "-s", "--unix-socket", str(server.control_path), "http://localhost/metrics")
-    assert set(re.findall(r"`(fleecing_\w+)`", PAGE)) == set(re.findall(r"^(\w+){", text, re.MULTILINE))
+    assert set(re.findall(r"`(fleecing_\w+)`", PAGE)) == set(re.findall(r"^# HELP (fleecing_\w+)", text, re.MULTILINE))
 
 
 @pytest.mark.parametrize("kind", ["active disk", "snapshot"])

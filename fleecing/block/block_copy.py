@@ -23,7 +23,9 @@ import time
 from collections.abc import Sequence
 
 from fleecing.block.bitmap import bit_runs
+from fleecing.block.breakage import SOURCE_FAILED
 from fleecing.block.cluster_map import ClusterMap
+from fleecing.block.copy_figures import CopyFigures
 from fleecing.block.durability import Durability
 from fleecing.block.extent import Allocation
 from fleecing.block.node import Node
@@ -87,7 +89,7 @@ class BlockCopy:
         self.target = target
         self.clusters = clusters
         self.durability = durability
-        self.clusters_copied = 0  # ever, zero clusters too; changed under the map's lock
+        self.figures = CopyFigures()
         self._tasks: list[_Task] = []  # under the map's lock
         self._idle = threading.Condition(clusters.lock)
         self._task_clusters = max(1, MAX_TASK >> clusters.shift)
@@ -104,7 +106,8 @@ class BlockCopy:
         if not waiting and self.durability is not None:
             return False
         while clusters.broken is None:
-            with clusters.lock:
+            self._take_lock()
+            try:
                 if clusters.is_broken():  # while the lock was waited for: who removes it has seen no task
                     break
                 first = clusters.copy.find(1, first, end)
@@ -115,14 +118,32 @@ class BlockCopy:
                 if task is None:
                     task = _Task([(first, self._end_of_task(first, end))])
                     self._tasks.append(task)
+            finally:
+                clusters.lock.release()
             if own:
                 if not self._run(task, waiting=waiting):
                     return False
             elif not waiting:
                 return False
-            elif not task.wait(deadline):
+            elif not self._wait_for(task, deadline):
                 raise TimeoutError(errno.ETIMEDOUT, "temp did not take a copy in time")
         return True
+
+    def _take_lock(self) -> None:
+        """Take the map's lock, and count it where that takes waiting."""
+        lock = self.clusters.lock
+        if not lock.acquire(blocking=False):
+            start = time.perf_counter()
+            lock.acquire()
+            self.figures.lock_waits += 1
+            self.figures.lock_wait_seconds += time.perf_counter() - start
+
+    def _wait_for(self, task: _Task, deadline: float) -> bool:
+        """False where another's task was not finished at `deadline`."""
+        start = time.perf_counter()
+        finished = task.wait(deadline)
+        self.figures.waited_for_task(time.perf_counter() - start)
+        return finished
 
     def _in_the_way(self, cluster: int) -> _Task | None:
         """The task to wait for before this cluster can be saved."""
@@ -152,18 +173,23 @@ class BlockCopy:
         clusters = self.clusters
         if self.durability is not None:
             return
-        with clusters.lock:
+        self._take_lock()
+        try:
             wanted = self._free_runs(runs)
             if not wanted:
                 return
             task = _Task(wanted)
             self._tasks.append(task)
+        finally:
+            clusters.lock.release()
+        start = time.perf_counter()
+        saved = False
         try:
-            self._save_runs(wanted)
+            saved = self._save_runs(wanted)
         except (OSError, BlockError):
             pass  # a change that is not saved for meets it again
         finally:
-            self._end_task(task)
+            self._end_task(task, start if saved else None)
 
     def _free_runs(self, runs: Sequence[Run]) -> list[Run]:
         """What of these runs nobody saves now and one task may take. Under the map's lock."""
@@ -178,8 +204,8 @@ class BlockCopy:
                 room -= end - first
         return free
 
-    def _save_runs(self, runs: Sequence[Run]) -> None:
-        """Read them one behind the other into one buffer, write that to temp, link it."""
+    def _save_runs(self, runs: Sequence[Run]) -> bool:
+        """Read them one behind the other into one buffer, write that to temp, link it; False where that was none."""
         size = self.clusters.cluster_size
         zero = _zero_cluster(size)
         buffer = _buffer(self._task_clusters * size)
@@ -206,33 +232,47 @@ class BlockCopy:
                 self.target.release(hosts)
                 raise
         self._link(_placed(pieces, hosts, size))
+        return bool(pieces)
 
-    def _end_task(self, task: _Task) -> None:
+    def _end_task(self, task: _Task, started: float | None, *, failed: bool = False) -> None:
+        """`started` (time.perf_counter) of one that saved something, None of others."""
         with self.clusters.lock:
             self._tasks.remove(task)
             self._idle.notify_all()
+            if started is not None:
+                self.figures.latency.record(time.perf_counter() - started)
+            elif failed:
+                self.figures.failures += 1
         task.finish()
 
     def _run(self, task: _Task, *, waiting: bool) -> bool:
         """Save the task's run, or its beginning; False where it would have to be read from a disk without `waiting`."""
+        start = time.perf_counter()
+        saved = False
+        failed = True
         try:
             if self.durability is not None:
                 self.durability.check()
             ((first, end),) = task.runs
             # A long run may be a hole, of any length; then nothing needs reading.
-            if end - first > self._task_clusters and self._save_hole(first, end):
-                return True
-            end = min(end, first + self._task_clusters)
-            task.runs = [(first, end)]
-            return self._save_data(first, end, waiting=waiting)
+            saved = end - first > self._task_clusters and self._save_hole(first, end)
+            if not saved:
+                end = min(end, first + self._task_clusters)
+                task.runs = [(first, end)]
+                saved = self._save_data(first, end, waiting=waiting)
+            failed = False
         finally:
-            self._end_task(task)
+            self._end_task(task, start if saved else None, failed=failed)
+        return saved
 
     def _save_hole(self, first: int, end: int) -> bool:
         """Link zero clusters for the hole that the run starts with, if it starts with one."""
         shift, size = self.clusters.shift, self.clusters.size
         offset = first << shift
-        length, state = self.source.block_status(offset, min(end << shift, size) - offset, 1)[0]
+        try:
+            length, state = self.source.block_status(offset, min(end << shift, size) - offset, 1)[0]
+        except (OSError, BlockError) as e:
+            raise _of_the_source(e) from e
         stop_at = offset + length
         stop = div_up(stop_at, 1 << shift) if stop_at == size else align_down(stop_at, 1 << shift) >> shift
         if not state & Allocation.ZERO or stop <= first:
@@ -247,9 +287,7 @@ class BlockCopy:
         offset = first * cluster_size
         length = min(end * cluster_size, self.clusters.size) - offset
         with memoryview(buffer) as view:
-            if waiting:
-                self.source.read_into(offset, view[:length])
-            elif not self.source.read_cached(offset, view[:length]):
+            if not self._read_source(offset, view[:length], waiting=waiting):
                 return self._save_hole(first, end)  # no page of it is in memory where nothing is on the disk either
             if length < count * cluster_size:  # the short tail cluster of the image
                 view[length : count * cluster_size] = bytes(count * cluster_size - length)
@@ -263,6 +301,15 @@ class BlockCopy:
                 self.target.release([(host, clusters) for _, clusters, host in pieces if host])
                 raise
         self._link(pieces)
+        return True
+
+    def _read_source(self, offset: int, view: memoryview, *, waiting: bool) -> bool:
+        try:
+            if not waiting:
+                return self.source.read_cached(offset, view)
+            self.source.read_into(offset, view)
+        except (OSError, BlockError) as e:
+            raise _of_the_source(e) from e
         return True
 
     def _place(self, first: int, count: int, buffer: bytearray) -> list[Piece]:
@@ -293,9 +340,10 @@ class BlockCopy:
         """The last step: what is still wanted becomes part of temp; the rest is given back."""
         clusters, size = self.clusters, self.clusters.cluster_size
         unlinked = [(host, count) for _, count, host in pieces if host]
-        linked: list[Run] = []
+        linked: list[tuple[int, int, bool]] = []  # first, end, whether it is zeroes
         try:
-            with clusters.lock:
+            self._take_lock()
+            try:
                 if clusters.broken is not None:
                     return
                 data: list[Piece] = []
@@ -313,38 +361,46 @@ class BlockCopy:
                 if data:
                     self.target.link_pieces(data)
                     unlinked = [(at, count) for at, count in unwanted if at]
-                    linked = [(start, start + count) for start, _, count in data]
+                    linked = [(start, start + count, False) for start, _, count in data]
                     self._are_copied(linked)
                 for start, stop in holes:
                     self.target.link_zero(start, stop - start)
-                    self._are_copied([(start, stop)])
-                    linked.append((start, stop))
+                    self._are_copied([(start, stop, True)])
+                    linked.append((start, stop, True))
+            finally:
+                clusters.lock.release()
         finally:
             if unlinked:
                 self.target.release(unlinked)
             if linked and self.durability is not None:
                 self._make_durable(self.durability, linked)
 
-    def _are_copied(self, runs: Sequence[Run]) -> None:
+    def _are_copied(self, runs: Sequence[tuple[int, int, bool]]) -> None:
         """Linked clusters count as copied, those of a durable snapshot later. Under the map's lock."""
         if self.durability is None:
-            for first, end in runs:
-                self._is_copied(first, end)
+            for first, end, is_zero in runs:
+                self._is_copied(first, end, is_zero=is_zero)
 
-    def _is_copied(self, first: int, end: int) -> None:
+    def _is_copied(self, first: int, end: int, *, is_zero: bool) -> None:
         """Under the map's lock."""
-        self.clusters.done[first:end] = 1
-        self.clusters.copy[first:end] = 0
-        self.clusters_copied += end - first
+        clusters, figures = self.clusters, self.figures
+        clusters.done[first:end] = 1
+        clusters.copy[first:end] = 0
+        figures.clusters += end - first
+        length = min(end << clusters.shift, clusters.size) - (first << clusters.shift)
+        if is_zero:
+            figures.bytes_zeroes += length
+        else:
+            figures.bytes_data += length
 
-    def _make_durable(self, durability: Durability, linked: Sequence[Run]) -> None:
+    def _make_durable(self, durability: Durability, linked: Sequence[tuple[int, int, bool]]) -> None:
         """What is linked counts as copied when it is durable; what was trimmed meanwhile is not linked any more."""
-        durability.commit([(first, end - first) for first, end in linked])
+        durability.commit([(first, end - first) for first, end, _ in linked])
         with self.clusters.lock:
-            for first, end in linked:
+            for first, end, is_zero in linked:
                 for start, stop, wanted in bit_runs(self.clusters.copy, first, end):
                     if wanted:
-                        self._is_copied(start, stop)
+                        self._is_copied(start, stop, is_zero=is_zero)
 
     def cancel_waits(self) -> None:
         """The snapshot is broken: nobody needs to wait for a task any more."""
@@ -360,6 +416,13 @@ class BlockCopy:
             return self._idle.wait_for(lambda: not self._tasks, max(0.0, deadline - time.monotonic()))
         finally:
             self.clusters.lock.release()
+
+
+def _of_the_source(error: OSError | BlockError) -> OSError | BlockError:
+    """The same error, saying that it was not temp."""
+    if isinstance(error, OSError):
+        return OSError(error.errno, f"{SOURCE_FAILED}{error.strerror or error}")
+    return BlockError(f"{SOURCE_FAILED}{error}")
 
 
 def _placed(pieces: Sequence[Piece], hosts: Sequence[tuple[int, int]], size: int) -> list[Piece]:

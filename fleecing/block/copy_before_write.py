@@ -23,12 +23,15 @@ from typing import Protocol
 
 from fleecing.block.bitmap import clusters_touched
 from fleecing.block.block_copy import NO_DEADLINE, BlockCopy
+from fleecing.block.breakage import COPY_FAILED, OVERDUE, Breakages
 from fleecing.block.change_pool import Attempt, Change, ChangePool
 from fleecing.block.cluster_map import ClusterMap
+from fleecing.block.copy_figures import CopyFigures
 from fleecing.block.extent import MAX_RUNS, Allocation, Runs
 from fleecing.block.file import FileNode
 from fleecing.block.flusher import Done, Flusher, wait_for
 from fleecing.block.gate import Gate
+from fleecing.block.ledger import Ledger
 from fleecing.block.node import Buffer, Node
 from fleecing.block.tracking import Tracker
 from fleecing.block.turns import Turns
@@ -76,6 +79,10 @@ class CopyBeforeWrite(Node):
         # Records what changes; replaced only while the gate is closed and nobody is inside, or before anybody writes.
         self.tracker: Tracker | None = None
         self._snapshots_lock = threading.Lock()
+        self.copies = Ledger(CopyFigures)
+        """What saving costs, over all snapshots that there ever were."""
+        self.breakages = Breakages()
+        """The snapshots that broke."""
         self._pool = ChangePool(self._perform, self._expired, workers=workers, name=file.path)
         self._flusher = Flusher(file.flush, name=file.path)
 
@@ -325,7 +332,7 @@ class CopyBeforeWrite(Node):
             if snapshot.on_cbw_error is OnCbwError.BREAK_GUEST_WRITE:
                 raise
             overdue = isinstance(e, TimeoutError)  # it waited for another change's copy
-            clusters.break_(_overdue(snapshot) if overdue else f"copy before a guest write failed: {_reason(e)}")
+            clusters.break_(_overdue(snapshot) if overdue else f"{COPY_FAILED}{_reason(e)}")
             return True
 
     def _expired(self, attempt: Attempt) -> bool:
@@ -396,7 +403,7 @@ def _nobody(error: Exception | None) -> None:
 
 
 def _overdue(snapshot: Saved) -> str:
-    return f"temp did not take a copy within cbw-timeout ({snapshot.cbw_timeout:g} s)"
+    return f"{OVERDUE} ({snapshot.cbw_timeout:g} s)"
 
 
 def _reason(error: Exception) -> str:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 from fleecing.block.bitfile import BitFile
+from fleecing.block.breakage import NOT_SYNCED
 from fleecing.block.flusher import Done, Flusher
 from fleecing.block.qcow2.node import TempImage
 
@@ -121,7 +122,7 @@ class _Files:
 
     def _fail(self, error: OSError) -> None:
         self._failed = error
-        self.copied.note = f"the snapshot's files could not be made durable: {error.strerror}"
+        self.copied.note = f"{NOT_SYNCED}{error.strerror}"
 
 
 class Durability:

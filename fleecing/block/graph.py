@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from bitarray import bitarray
 
 from fleecing.block.bitfile import BitFile
+from fleecing.block.breakage import SOURCE_NOT_SYNCED
 from fleecing.block.copy_before_write import CopyBeforeWrite, OnCbwError, same_instant
 from fleecing.block.durability import Durability, sync_folders, sync_note
 from fleecing.block.file import FileNode
@@ -114,7 +115,7 @@ def _flush_source(snapshot: SnapshotAccess) -> None:
     try:
         snapshot.disk.file.flush()
     except OSError as e:
-        snapshot.clusters.break_(f"the image could not be made durable: {e.strerror}")
+        snapshot.clusters.break_(f"{SOURCE_NOT_SYNCED}{e.strerror}")
 
 
 def at_instant(disk: CopyBeforeWrite, install: Callable[[], None], *, drain_timeout: float) -> None:

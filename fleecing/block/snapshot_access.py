@@ -28,6 +28,7 @@ from bitarray import bitarray
 from fleecing.block.bitfile import BitFile
 from fleecing.block.bitmap import bit_runs, clusters_touched, clusters_within
 from fleecing.block.block_copy import BlockCopy
+from fleecing.block.breakage import FILES_NOT_SYNCED, TEMP_LOST, kind_of
 from fleecing.block.cluster_map import ClusterMap
 from fleecing.block.copy_before_write import CopyBeforeWrite, OnCbwError
 from fleecing.block.durability import Durability
@@ -82,6 +83,7 @@ class SnapshotAccess(Node):
             on_broken=self._broke,
         )
         self.copier = BlockCopy(disk.file, temp, self.clusters, durability)
+        disk.copies.open(self.copier.figures)
         self._durability = durability
         self._source = disk.file
         self._ends = False  # being removed: what breaks it then is no news
@@ -107,7 +109,7 @@ class SnapshotAccess(Node):
     @property
     def clusters_copied_total(self) -> int:
         """Clusters ever saved, those trimmed since and those of zeroes too."""
-        return self.copier.clusters_copied
+        return self.copier.figures.clusters
 
     @property
     def temp_path(self) -> str:
@@ -134,6 +136,7 @@ class SnapshotAccess(Node):
         self.disk.detach(self)
         self.copier.cancel_waits()
         if not self._ends:
+            self.disk.breakages.add(kind_of(cause))
             self._on_broken(self, cause)
 
     # Reading.
@@ -150,9 +153,12 @@ class SnapshotAccess(Node):
         if clusters.broken is not None or not clusters.access[first]:
             clusters.check_readable(offset, length)
         try:
-            if not clusters.done[first]:
+            from_source = not clusters.done[first]
+            if from_source:
                 self._source.read_into(offset, buffer)
             if clusters.done[first]:
+                if from_source:
+                    self.copier.figures.read_again()
                 self.temp.read_into(offset, buffer)
         except (OSError, BlockError) as e:
             self._read_failed(e, offset, length)
@@ -179,6 +185,7 @@ class SnapshotAccess(Node):
             return False
         # The same second look as in `read_into`.
         if clusters.done[first]:
+            self.copier.figures.read_again()
             self.read_into(offset, buffer)
         elif clusters.broken is not None or not clusters.access[first]:
             clusters.check_readable(offset, length)
@@ -195,6 +202,7 @@ class SnapshotAccess(Node):
                     self._read_run(self._source, start, stop, offset, buffer)
                     for again, until, done_now in bit_runs(clusters.done, start, stop):
                         if done_now:
+                            self.copier.figures.read_again()
                             self._read_run(self.temp, again, until, offset, buffer)
                 else:
                     self._read_run(self.temp, start, stop, offset, buffer)
@@ -210,7 +218,7 @@ class SnapshotAccess(Node):
         self.clusters.check_readable(offset, length)
 
     def _lost(self, error: WritesLost) -> None:
-        self.clusters.break_(f"the disk of temp did not take what was written to it: {error.strerror}")
+        self.clusters.break_(f"{TEMP_LOST}{error.strerror}")
 
     def check_written(self) -> None:
         """Break the snapshot where the disk below it did not take what was written. Waits for nothing, call it often.
@@ -438,6 +446,7 @@ class SnapshotAccess(Node):
                 self.clusters.trimmed.remove()
             if self._durability is not None:
                 self._durability.remove()
+            self.disk.copies.close(self.copier.figures)
             self._removed = True
             self._close_if_unused()
 
@@ -466,7 +475,7 @@ class SnapshotAccess(Node):
                 self.clusters.trimmed.sync()
         except OSError as e:
             # The system tells it once; what it lost, the next process would take for the disk of the instant.
-            self.clusters.break_(f"its files could not be made durable: {e.strerror}")
+            self.clusters.break_(f"{FILES_NOT_SYNCED}{e.strerror}")
             raise
         finally:
             self.temp.close()

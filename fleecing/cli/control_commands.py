@@ -9,7 +9,7 @@ import click
 
 from fleecing.block.copy_before_write import OnCbwError
 from fleecing.cli.control_client import ControlClient
-from fleecing.cli.output import fields, local_time, print_json, table
+from fleecing.cli.output import fields, format_seconds, local_time, print_json, table
 from fleecing.cli.params import EXPORT, GRACE, NAME, NEW_LIMIT, TEMP_LIMIT, control_option, json_option
 from fleecing.control.models import DEFAULT_CBW_TIMEOUT, DEFAULT_READ_ONCE_GRACE
 from fleecing.control.names import snapshot_path
@@ -223,9 +223,18 @@ def show(*, which: tuple[str, str], control: str, as_json: bool) -> None:
         ("read once", f"yes, grace {format_size(s['read_once_grace'])}" if s["read_once"] else "no"),
         ("cbw-timeout", f"{s['cbw_timeout']:g} s" if s["cbw_timeout"] else "none"),
         ("clients", str(s["clients"])),
+        ("guest latency", _latency(s["guest_latency"])),
         *(("uri", uri) for uri in s["uris"]),
     ]
     click.echo(fields(pairs))
+
+
+def _latency(latency: dict[str, Any]) -> str:
+    """Of the guest's requests, lately."""
+    if not latency["requests"]:
+        return "no request in the last minute"
+    p50, p99 = format_seconds(latency["p50"]), format_seconds(latency["p99"])
+    return f"p50 {p50}, p99 {p99}, {latency['requests']:,} requests in the last minute"
 
 
 @snapshot.command("set", epilog="\b\nExample:\n  fleecing snapshot set vda@monday --temp-limit 40G\n")
@@ -282,14 +291,19 @@ def list_disks(*, control: str, as_json: bool) -> None:
 
 
 def disk_table(disks: list[dict[str, Any]]) -> str:
-    """One line a disk; what is wrong with an image is in the last column."""
-    heads = ("DISK", "SIZE", "CLUSTER", "CLIENTS", "SNAPSHOTS", "TEMP FREE", "URI", "STATE")
+    """One line a disk; what is wrong with an image is in the last column.
+
+    P50 and P99 are latencies of the guest's requests of the last minute.
+    """
+    heads = ("DISK", "SIZE", "CLUSTER", "CLIENTS", "P50", "P99", "SNAPSHOTS", "TEMP FREE", "URI", "STATE")
     rows = [
         (
             d["name"],
             format_size(d["size"]),
             format_size(d["cluster_size"]),
             str(d["clients"]),
+            format_seconds(d["guest_latency"]["p50"]),
+            format_seconds(d["guest_latency"]["p99"]),
             str(len(d["snapshots"])),
             format_size(d["temp_free"]),
             d["uris"][0],

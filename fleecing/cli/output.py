@@ -10,6 +10,17 @@ from typing import Any
 import click
 
 
+def format_seconds(seconds: float | None) -> str:
+    """A time for people, of two digits: "12 us", "3.4 ms"; "-" = there is none."""
+    if seconds is None:
+        return "-"
+    value, unit = seconds * 1e6, "us"
+    for larger in ("ms", "s"):
+        if value >= 999.5:
+            value, unit = value / 1000, larger
+    return f"{value:.1f} {unit}" if value < 9.95 else f"{value:.0f} {unit}"
+
+
 def print_json(value: Any) -> None:
     """Indented JSON."""
     click.echo(json.dumps(value, indent=2))

@@ -18,7 +18,7 @@ from fleecing.cli.params import ANY_EXPORT, CLUSTER_SIZE, NAME, SOCKET, Checked,
 from fleecing.control import daemon
 from fleecing.control.access import AccessRule
 from fleecing.control.activation import take_sockets
-from fleecing.control.config import ServerSettings, TcpAddress, make_settings, read_config
+from fleecing.control.config import ServerSettings, TcpAddress, make_settings, metrics_address, read_config
 from fleecing.control.exposure import open_ends
 from fleecing.control.logs import LogFormat, LogLevel, Logs
 from fleecing.control.names import clean_name
@@ -35,6 +35,7 @@ def _split_limit(text: str) -> tuple[str, str]:
 
 
 ADDRESS = Checked("HOST:PORT", TcpAddress.parse)
+METRICS_ADDRESS = Checked("HOST:PORT", metrics_address)
 LIMIT = Checked("KEY=VALUE", _split_limit)
 TLS = click.Choice([mode.value for mode in TlsMode])
 
@@ -74,6 +75,12 @@ Examples:
     "--control-group",
     metavar="GROUP",
     help="Group whose members may use the control socket; root and the server's user always may.",
+)
+@click.option(
+    "--metrics",
+    type=METRICS_ADDRESS,
+    multiple=True,
+    help="TCP address where Prometheus gets its figures, and nothing else.",
 )
 @click.option(
     "--state-dir", metavar="DIR", help="State folder; else /var/lib/fleecing as root, else $XDG_STATE_HOME/fleecing."
@@ -229,6 +236,7 @@ def _described(settings: ServerSettings) -> str:
     lines += [f"unix       {path}{_tls(settings.tls_unix)}{_unix(settings)}" for path in settings.unix]
     group = "" if settings.control_group is None else f", group {settings.control_group}"
     lines += [f"control    {settings.control}{group}", f"state-dir  {settings.state_dir}"]
+    lines += [f"metrics    {_address(address)}" for address in settings.metrics]
     lines += [f"temp-dir   {path}" for path in settings.temp_dir or [settings.state_dir]]
     for rule in settings.access or ():
         lines.append(f"access     {', '.join(rule.export)}: {', '.join(rule.allow)} for {_whom(rule)}")

@@ -20,7 +20,8 @@ from fleecing.control.config import explain
 from fleecing.control.event_stream import EventStream
 from fleecing.control.jobs import Jobs
 from fleecing.control.logs import Logs
-from fleecing.control.metrics import CONTENT_TYPE, Metrics
+from fleecing.control.metrics import Metrics
+from fleecing.control.metrics_site import answer
 from fleecing.control.models import (
     CheckpointList,
     Deleted,
@@ -62,11 +63,17 @@ _PAGE_QUERY = (
 
 
 def make_app(
-    reporter: Reporter, jobs: Jobs, events: EventStream, logs: Logs, *, group: int | None = None
+    reporter: Reporter,
+    jobs: Jobs,
+    events: EventStream,
+    logs: Logs,
+    metrics: Metrics,
+    *,
+    group: int | None = None,
 ) -> web.Application:
     """The application that serves this reporter's manager to root, to the server's own user, and to a `group`."""
     app = web.Application(middlewares=[_errors_as_json, _only_for(group)], client_max_size=MAX_BODY)
-    api = _Api(reporter, jobs, events, logs)
+    api = _Api(reporter, jobs, events, logs, metrics)
     for route in api.routes:
         pattern = route.path.replace("{disk}@{name}", "{disk:[^/@]+}@{name:[^/]+}")
         app.router.add_route(route.method, pattern, route.handler)
@@ -74,13 +81,13 @@ def make_app(
 
 
 class _Api:
-    def __init__(self, reporter: Reporter, jobs: Jobs, events: EventStream, logs: Logs) -> None:
+    def __init__(self, reporter: Reporter, jobs: Jobs, events: EventStream, logs: Logs, metrics: Metrics) -> None:
         self._jobs = jobs
         self._events = events
         self._logs = logs
         self._reporter = reporter
         self._manager = reporter.manager
-        self._metrics = Metrics(reporter)
+        self._metrics = metrics
         self.routes: Sequence[Route] = (
             Route("GET", "/v1/status", self.status, "The server at this moment", Status),
             Route("GET", "/v1/disks", self.disks, "All disks", DiskList),
@@ -307,7 +314,7 @@ class _Api:
         return _answer(await asyncio.to_thread(self._reporter.map_page, *_which(request), *_page(request)))
 
     async def metrics(self, request: web.Request) -> web.Response:
-        return web.Response(body=await asyncio.to_thread(self._metrics.text), headers={"Content-Type": CONTENT_TYPE})
+        return await answer(self._metrics)
 
     async def openapi(self, request: web.Request) -> web.Response:
         return web.json_response(document(self.routes))

@@ -44,6 +44,10 @@ SMALLEST_GRAIN = 64 * KiB
 read from a snapshot that has nothing but changes."""
 
 
+INCONSISTENT = "inconsistent"
+"""The state that a checkpoint is in by what it missed, and not by what is done with it."""
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """One link of the chain. `tracker` None: inconsistent, its bits are not even opened."""
@@ -71,6 +75,12 @@ def reasons(chain: Sequence[Checkpoint]) -> list[str | None]:
         reason = own or reason
         found.append(reason)
     return found[::-1]
+
+
+def state_name(checkpoint: Checkpoint, reason: str | None) -> str:
+    """What a person is told; `reason`: why it is inconsistent."""
+    state = checkpoint.entry.state
+    return str(state) if reason is None or state is not CheckpointState.ACTIVE else INCONSISTENT
 
 
 class Untracked(Exception):
@@ -121,6 +131,11 @@ class CheckpointChain:
                 changed = changed | _clusters(checkpoint.tracker, self.cluster_size)
             found.append((checkpoint, reason, changed if reason is None else None))
         return found[::-1]
+
+    def states(self) -> list[str]:
+        """Of each checkpoint; looks at no bits."""
+        chain = self.checkpoints
+        return [state_name(checkpoint, reason) for checkpoint, reason in zip(chain, reasons(chain), strict=True)]
 
     def changes(self, name: str) -> Changes:
         """What changed since the checkpoint. Raises Untracked where that cannot be known."""

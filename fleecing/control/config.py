@@ -6,6 +6,7 @@ unix-mode = "0600"                      # permissions of these, and the group th
 unix-group = "kvm"                      # (none: the server's own)
 control = "/run/fleecing/control.sock"
 control-group = "backup"                # its members may use the control socket, as root and the server's user do
+metrics = ["127.0.0.1:9847"]            # where Prometheus gets its figures, and nothing else (none: nowhere)
 state-dir = "/var/lib/fleecing"
 temp-dir = "/var/tmp/fleecing"          # or several: ["/a", "/b"]; none: temp files lie in the state folder
 temp-watermark = 80                     # percent of a temp limit from which on there is a warning
@@ -133,6 +134,17 @@ def _address(value: object) -> object:
     return TcpAddress.parse(value) if isinstance(value, str) else value
 
 
+def metrics_address(text: str) -> TcpAddress:
+    """HOST:PORT; there is no default port. Raises ValueError."""
+    if not re.search(r":\d+$", text):
+        raise ValueError(f"'{text}' has no port: give HOST:PORT, as in 127.0.0.1:9847; port 0 takes any free one")
+    return TcpAddress.parse(text)
+
+
+def _metrics_address(value: object) -> object:
+    return metrics_address(value) if isinstance(value, str) else value
+
+
 def _at_least(least: int) -> AfterValidator:
     def check(value: int) -> int:
         if value < least:
@@ -162,6 +174,7 @@ def _check_format(value: str) -> str:
 
 
 Address = Annotated[TcpAddress, BeforeValidator(_address)]
+MetricsAddress = Annotated[TcpAddress, BeforeValidator(_metrics_address)]
 SocketPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.abspath), AfterValidator(check_socket_path)]
 AbsolutePath = Annotated[str, Field(min_length=1), AfterValidator(os.path.abspath)]
 Mode = Annotated[str, AfterValidator(_check_mode)]
@@ -224,6 +237,7 @@ class ServerSettings(_Settings):
     unix_group: Group | None = None
     control: SocketPath = Field(default_factory=default_control_path, validate_default=True)
     control_group: Group | None = None
+    metrics: Annotated[tuple[MetricsAddress, ...], BeforeValidator(_one_or_several)] = ()
     state_dir: AbsolutePath = Field(default_factory=default_state_dir)
     temp_dir: Annotated[tuple[AbsolutePath, ...], BeforeValidator(_one_or_several)] = ()
     temp_watermark: int = Field(default=WATERMARK, ge=1, le=100)
@@ -279,6 +293,12 @@ class ServerSettings(_Settings):
             raise ValueError("access: cn, dn and san are of verified certificates: give tls-verify-client = true, too")
         for address in self.listen:
             self.check_open(address)
+        for address in self.metrics:
+            if not (address.is_loopback or self.insecure_listen):
+                raise ValueError(
+                    f"metrics on {address} are open to the network, and tell names and figures to whoever asks: take "
+                    "an address of this machine alone, or allow it with insecure-listen (--insecure-listen)"
+                )
         return self
 
     def check_open(self, address: TcpAddress) -> None:

@@ -25,8 +25,12 @@ from fleecing.control.certificates import Certificates
 from fleecing.control.config import ServerSettings, TcpAddress
 from fleecing.control.event_stream import EventRing, EventStream
 from fleecing.control.jobs import Jobs
+from fleecing.control.lag import LoopLag
 from fleecing.control.logs import LogFormat, Logs
 from fleecing.control.manager import Manager
+from fleecing.control.metrics import Metrics
+from fleecing.control.metrics_site import PATH as METRICS_PATH
+from fleecing.control.metrics_site import make_metrics_app
 from fleecing.control.notify import Notifier
 from fleecing.control.report import Reporter
 from fleecing.control.sockets import bind_tcp, bind_unix, remove_socket
@@ -113,7 +117,9 @@ async def _serve(
         jobs = await asyncio.to_thread(Jobs, manager, settings.state_dir)
         life.push_async_callback(asyncio.to_thread, jobs.close)
         group = _group_of(settings.control_group)
-        app = make_app(Reporter(manager, server, addresses), jobs, EventStream(ring), logs, group=group)
+        reporter = Reporter(manager, server, addresses)
+        metrics = await _start_metrics(settings, reporter, jobs, life)
+        app = make_app(reporter, jobs, EventStream(ring), logs, metrics, group=group)
         await _start_control(settings, app, addresses.control, life, inherited)
         life.callback(ring.close)  # those who listen are told that the end begins, and let go
         if logs.format is LogFormat.TEXT:
@@ -262,6 +268,21 @@ def _listen(settings: ServerSettings, server: NbdServer, life: AsyncExitStack, i
     )
     log.info("NBD on %s", " and ".join(addresses.listeners()))
     return addresses
+
+
+async def _start_metrics(settings: ServerSettings, reporter: Reporter, jobs: Jobs, life: AsyncExitStack) -> Metrics:
+    lag = LoopLag()
+    life.push_async_callback(_end, asyncio.get_running_loop().create_task(lag.run()))
+    metrics = Metrics(reporter, jobs, lag)
+    runner = web.AppRunner(make_metrics_app(metrics), access_log=None, shutdown_timeout=0)
+    await runner.setup()
+    life.push_async_callback(runner.cleanup)
+    for address in settings.metrics:
+        for listener in bind_tcp(address.host, address.port):
+            await web.SockSite(runner, listener).start()
+            place = TcpAddress(host=address.host, port=listener.getsockname()[1])
+            log.info("metrics on http://%s%s", place, METRICS_PATH)
+    return metrics
 
 
 async def _start_control(

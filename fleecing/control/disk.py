@@ -15,11 +15,13 @@ from fleecing.block.snapshot_access import SnapshotAccess
 from fleecing.control.checkpoint import CheckpointChain
 from fleecing.control.config import DiskSettings, ServerSettings
 from fleecing.control.identity import Keeper
+from fleecing.control.recent import RecentLatency
 from fleecing.control.state import SnapshotRecord, write_json
 from fleecing.control.store import RECORD_NAME, DiskFolder
 from fleecing.errors import ConfigError, ImageError
 from fleecing.events import Event, Value, of_export, tell
 from fleecing.server.export import Export, active_export
+from fleecing.server.meter import Traffic
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,10 @@ class Disk:
     export: Export
     temp_watermark: int
     """Percent of a temp limit."""
+    backups: Traffic
+    """All clients of its snapshots; those of the disk itself are counted by `export`."""
+    latency: RecentLatency
+    """Of the disk's clients."""
     problem: str | None = None
     """What `watch_image` found wrong last."""
 
@@ -134,7 +140,8 @@ def open_image(name: str, settings: DiskSettings, server: ServerSettings) -> Dis
     export = active_export(name, "active disk, read-write", node, cluster_size=settings.cluster_size)
     keeper = Keeper(folder.path, node.file, settings.cluster_size)
     chain = CheckpointChain(name, folder.checkpoints, node, settings.cluster_size)
-    return Disk(name, settings, node, folder, keeper, chain, export, server.temp_watermark)
+    latency = RecentLatency(export.traffic.total)
+    return Disk(name, settings, node, folder, keeper, chain, export, server.temp_watermark, Traffic(), latency)
 
 
 def _refuse_qcow2(settings: DiskSettings) -> None:

@@ -30,6 +30,7 @@ def open_ends(settings: ServerSettings, path: str) -> list[str]:
     return [
         *_tcp(settings),
         *_unix(settings),
+        *_metrics(settings),
         *_rules(settings.access or (), list(settings.disk)),
         *_tls_files(settings),
         *_folders(settings),
@@ -76,6 +77,12 @@ def _unix(settings: ServerSettings) -> Iterator[str]:
         yield from _folder(os.path.dirname(path), f"the folder of socket {path}", 0o022, may_be_sticky=True)
     if settings.control_group is not None:
         yield f"every member of group {settings.control_group} may do everything over the control socket, rules or not"
+
+
+def _metrics(settings: ServerSettings) -> Iterator[str]:
+    for address in settings.metrics:
+        if not address.is_loopback:
+            yield f"metrics on {address}: whoever reaches it learns the names of disks and snapshots, and what they do"
 
 
 def _member(settings: ServerSettings) -> Peer:

@@ -11,6 +11,8 @@ import logging
 import os
 import secrets
 import threading
+from collections import Counter
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -54,10 +56,13 @@ class _Cancelled(Exception):
 class Job:
     """One push. `progress` and `state` are written by its thread, and read by any."""
 
-    def __init__(self, number: int, manager: Manager, request: PushRequest, path: str) -> None:
+    def __init__(
+        self, number: int, manager: Manager, request: PushRequest, path: str, on_end: Callable[[JobState], None]
+    ) -> None:
         """Checks all that can be checked now, and makes the snapshot. Raises ControlError; nothing is left then."""
         self.number = number
         self.state = JobState.RUNNING
+        self._on_end = on_end
         self._manager = manager
         self._request = request
         self._path = path
@@ -151,6 +156,7 @@ class Job:
             self._error = f"internal error: {type(e).__name__}"
         self._clean()
         self._ended = datetime.now(UTC)
+        self._on_end(state)
         self.state = state
         tell(
             log,
@@ -201,6 +207,8 @@ class Jobs:
         self._state_dir = state_dir
         self._jobs: dict[int, Job] = {}
         self._last = 0
+        self._ended: Counter[JobState] = Counter()
+        self._ended_lock = threading.Lock()
         self._lock = threading.Lock()
         self._closed = False
         for path in glob.glob(os.path.join(glob.escape(state_dir), _RECORDS)):
@@ -228,13 +236,26 @@ class Jobs:
             self._last += 1
             path = os.path.join(self._state_dir, f".job-{secrets.token_hex(8)}.json")
             try:
-                job = self._jobs[self._last] = Job(self._last, self._manager, request, path)
+                job = self._jobs[self._last] = Job(self._last, self._manager, request, path, self._count)
             except OSError as e:
                 raise ControlError(500, f"state folder {self._state_dir} cannot take the job: {e.strerror}") from e
             ended = [number for number, job in self._jobs.items() if job.state is not JobState.RUNNING]
             for number in ended[:-KEPT]:
                 del self._jobs[number]
         return job.info()
+
+    @property
+    def running(self) -> int:
+        """Jobs that have not ended."""
+        return sum(job.state is JobState.RUNNING for job in list(self._jobs.values()))
+
+    def ended(self, state: JobState) -> int:
+        """Jobs that ended so, ever."""
+        return self._ended[state]
+
+    def _count(self, state: JobState) -> None:
+        with self._ended_lock:
+            self._ended[state] += 1
 
     def infos(self) -> list[JobInfo]:
         return [job.info() for job in list(self._jobs.values())]

@@ -112,6 +112,7 @@ class Manager:
 
     def _touch(self) -> None:
         for disk in list(self.disks.values()):
+            disk.latency.sample()
             try:
                 disk.keeper.touch()
             except OSError as e:

@@ -181,6 +181,23 @@ class ClusterCounts(_Model):
     not_in_bitmap: int
 
 
+class KindLatency(_Model):
+    """How long requests of one kind took, in seconds; null = there were none."""
+
+    requests: int
+    p50: float | None
+    p99: float | None
+
+
+class GuestLatency(_Model):
+    """How long the guest's requests to the active disk took in the last minute, in seconds; null = there were none."""
+
+    requests: int
+    p50: float | None = Field(description="half of them took so long or less; wrong by a quarter at most")
+    p99: float | None
+    kinds: dict[str, KindLatency] = Field(description="the same for reads, writes and the others")
+
+
 class SnapshotInfo(_Model):
     """A snapshot of one disk."""
 
@@ -207,6 +224,7 @@ class SnapshotInfo(_Model):
     on_cbw_error: OnCbwError
     cbw_timeout: float
     clients: int = Field(description="connections to its export")
+    guest_latency: GuestLatency = Field(description="of the disk, which copies for it")
     uris: list[str] = Field(description="NBD URIs, those over Unix sockets first")
 
 
@@ -293,6 +311,8 @@ class DiskInfo(_Model):
     clients: int = Field(description="connections to the active export")
     temp_folder: str
     temp_free: int = Field(description="free bytes on the temp folder's file system")
+    temp_size: int = Field(description="all bytes of it")
+    guest_latency: GuestLatency
     uris: list[str]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import UTC, datetime
 
 from bitarray import bitarray
@@ -14,7 +15,7 @@ from fleecing.block.bitfile import header
 from fleecing.block.bitmap import bit_runs
 from fleecing.block.extent import ClusterState
 from fleecing.control.addresses import Addresses
-from fleecing.control.checkpoint import Checkpoint, Untracked
+from fleecing.control.checkpoint import Checkpoint, Untracked, state_name
 from fleecing.control.disk import Disk, Snapshot
 from fleecing.control.manager import Manager
 from fleecing.control.models import (
@@ -24,6 +25,8 @@ from fleecing.control.models import (
     DiskInfo,
     Extent,
     ExtentPage,
+    GuestLatency,
+    KindLatency,
     MapPage,
     MapRun,
     SnapshotInfo,
@@ -31,7 +34,6 @@ from fleecing.control.models import (
     Status,
     TempInfo,
 )
-from fleecing.control.state import CheckpointState
 from fleecing.errors import ControlError, ImageError, SnapshotBroken, sentence
 from fleecing.server.listener import NbdServer
 from fleecing.units import div_up
@@ -127,16 +129,21 @@ class Reporter:
             for c in self.server.connections
         ]
 
+    def snapshot_clients(self) -> list[tuple[str, int]]:
+        """(export name, connections) of each snapshot."""
+        users = self._users()
+        return [(snapshot.export.name, users[snapshot.export.name]) for snapshot in self.manager.snapshots()]
+
     def _users(self) -> Counter[str]:
         return Counter(c.export_name for c in self.server.connections)
 
     def _disk(self, disk: Disk, clients: int) -> DiskInfo:
         problem = None
-        free = 0
+        free = size = 0
         folder = disk.folder.temp_location()
         try:
             space = os.statvfs(folder)
-            free = space.f_bavail * space.f_frsize
+            free, size = space.f_bavail * space.f_frsize, space.f_blocks * space.f_frsize
             disk.node.file.check_size()
         except (ImageError, OSError) as e:
             problem = sentence(e)
@@ -151,6 +158,8 @@ class Reporter:
             clients=clients,
             temp_folder=folder,
             temp_free=free,
+            temp_size=size,
+            guest_latency=_latency(disk),
             uris=self.addresses.uris(disk.name),
         )
 
@@ -181,6 +190,7 @@ class Reporter:
             on_cbw_error=snapshot.record.on_cbw_error,
             cbw_timeout=snapshot.record.cbw_timeout,
             clients=clients,
+            guest_latency=_latency(snapshot.disk),
             uris=self.addresses.uris(snapshot.export.name),
         )
 
@@ -218,7 +228,6 @@ class Reporter:
 
 def _checkpoint(disk: Disk, checkpoint: Checkpoint, reason: str | None, changed: bitarray | None) -> CheckpointInfo:
     entry, size = checkpoint.entry, disk.chain.cluster_size
-    state = str(entry.state) if reason is None or entry.state is not CheckpointState.ACTIVE else "inconsistent"
     count = None
     if changed is not None:
         beyond = div_up(disk.node.size, size) * size - disk.node.size
@@ -228,11 +237,19 @@ def _checkpoint(disk: Disk, checkpoint: Checkpoint, reason: str | None, changed:
         disk=disk.name,
         name=entry.name,
         created=entry.created,
-        state=state,
+        state=state_name(checkpoint, reason),
         inconsistent=reason,
         changed=count,
         recording=checkpoint.tracker is not None and checkpoint.tracker is disk.node.tracker,
         granularity=size,
+    )
+
+
+def _latency(disk: Disk) -> GuestLatency:
+    every, kinds = disk.latency.look()
+    return GuestLatency(
+        **asdict(every),
+        kinds={kind: KindLatency(**asdict(recent)) for kind, recent in kinds.items()},
     )
 
 

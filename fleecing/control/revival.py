@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from bitarray import bitarray
 
 from fleecing.block.bitfile import BitFile
+from fleecing.block.breakage import Breakage, kind_of
 from fleecing.block.copy_before_write import OnCbwError
 from fleecing.block.graph import NOT_DURABLE, OnBroken, SnapshotSpec, revive
 from fleecing.block.lost_snapshot import LostSnapshot
@@ -35,6 +36,9 @@ _DELETED = "deleted"
 def revive_all(disk: Disk, verdict: Verdict, on_broken: OnBroken) -> list[Snapshot]:
     """All snapshots of the disk. Raises OSError where the state folder cannot be written."""
     found = [_revive(disk, name, verdict, on_broken) for name in list(disk.folder.kept_snapshots())]
+    for snapshot in found:
+        if snapshot is not None and isinstance(snapshot.node, LostSnapshot):
+            disk.node.breakages.add(kind_of(snapshot.node.broken, Breakage.REVIVAL))
     return [snapshot for snapshot in found if snapshot is not None]
 
 
@@ -109,7 +113,9 @@ def make_snapshot(disk: Disk, record: SnapshotRecord, node: SnapshotAccess, bits
     """`bits`: the dirty bitmap that the export offers, one bit a cluster."""
     bitmap = None if bits is None or record.bitmap is None else Bitmap(record.bitmap, bits, record.cluster_size)
     name = export_name(disk.name, record.name)
-    export = snapshot_export(name, _description(record), node, bitmap, read_once_grace=record.read_once_grace)
+    export = snapshot_export(
+        name, _description(record), node, bitmap, read_once_grace=record.read_once_grace, traffic=disk.backups
+    )
     node.watch_temp(_report_pressure, disk.temp_watermark)
     return Snapshot(disk, record, node, export)
 
@@ -185,4 +191,5 @@ def _lost(disk: Disk, name: str, record: SnapshotRecord | None, reason: str) -> 
         temp_path=temp_path,
         temp_limit=record.temp_limit,
     )
-    return Snapshot(disk, record, node, lost_export(export, f"broken snapshot of {disk.name}", node, record.bitmap))
+    found = lost_export(export, f"broken snapshot of {disk.name}", node, record.bitmap, traffic=disk.backups)
+    return Snapshot(disk, record, node, found)

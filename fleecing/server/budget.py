@@ -9,8 +9,14 @@ class Budget:
     """`total` bytes, to be taken and given back."""
 
     def __init__(self, total: int) -> None:
+        self.total = total
         self._left = total
         self._changed = threading.Condition()
+
+    @property
+    def used(self) -> int:
+        """Bytes that are taken now."""
+        return self.total - self._left
 
     def take(self, count: int, timeout: float) -> bool:
         """Take `count` bytes (at most the total); False where they are not free within `timeout` seconds."""

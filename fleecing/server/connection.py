@@ -36,6 +36,7 @@ from fleecing.server import messages
 from fleecing.server.budget import Budget
 from fleecing.server.export import MAXIMUM_PAYLOAD, Export, answer_to
 from fleecing.server.limits import LEAST_IN_FLIGHT, Limits
+from fleecing.server.meter import Meter, clock
 from fleecing.server.outbox import GATHER, LARGEST_PIECE, Outbox, TellingOutbox
 from fleecing.server.service import PlainWrite, Service
 from fleecing.server.shares import Shares
@@ -88,16 +89,21 @@ class Connection:
         self._tcp = sock.family != socket.AF_UNIX
         self._mode = agreement.mode
         extended = agreement.mode is ReplyMode.EXTENDED
-        self._header = EXTENDED_REQUEST if extended else REQUEST
+        header = EXTENDED_REQUEST if extended else REQUEST
+        self._unpack, self._header_size = header.unpack_from, header.size
         self._magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
         self._size = agreement.export.size
         self._on_close = on_close
         receipts = export.receipts(name for _, name in agreement.contexts)
         self._turns = export.turns
-        give_way = export.give_way
-        self._out = Outbox(sock, give_way) if receipts is None else TellingOutbox(sock, receipts.sent, give_way)
+        self._meter = meter = Meter()
+        if receipts is None:
+            self._out = Outbox(sock, meter, export.give_way)
+        else:
+            self._out = TellingOutbox(sock, meter, receipts.sent, export.give_way)
         self._read_cached = export.node.read_cached if receipts is None else receipts.counting(export.node.read_cached)
-        self._service = Service(agreement, export, self._out, budget, shares, receipts, limits or Limits())
+        self._service = Service(agreement, export, self._out, meter, budget, shares, receipts, limits or Limits())
+        self._data_size = len(data_header(self._mode, 0, 0, 1))
         self._buffer = bytearray(RECEIVE_SIZE)
         self._view = memoryview(self._buffer)
         self._view[: len(leftover)] = leftover
@@ -111,16 +117,16 @@ class Connection:
 
     @property
     def requests(self) -> int:
-        """Requests served so far."""
-        return self._service.requests
+        """Requests answered so far."""
+        return self._meter.requests
 
     @property
     def bytes_read(self) -> int:
-        return self._service.bytes_read
+        return self._meter.bytes_read
 
     @property
     def bytes_written(self) -> int:
-        return self._service.bytes_written
+        return self._meter.all_bytes_written
 
     def start(self) -> None:
         """Serve the client in a thread of its own."""
@@ -147,6 +153,8 @@ class Connection:
 
     def _run(self) -> None:
         self.export.retain()
+        self.export.traffic.open(self._meter)
+        self._meter.received = clock()
         self._go_on()
 
     def _hand_over(self) -> None:
@@ -207,20 +215,24 @@ class Connection:
             self._sock.end()
         self._shutdown(socket.SHUT_RDWR)
         self._sock.close()
+        self._meter.sent()  # what the client did not wait for
+        self.export.traffic.close(self._meter)
         self.export.release()
         self._on_close(self)
 
     def _receive(self) -> bool:
         """Take what is there, waiting for at least a byte; False where the client has hung up."""
         rest, limit = self._end - self._start, RECEIVE_SIZE
-        if rest < CHEAP_MOVE or self._start + self._wanted > RECEIVE_SIZE:
+        if not rest:
+            self._start = self._end = 0
+        elif rest < CHEAP_MOVE or self._start + self._wanted > RECEIVE_SIZE:
             if self._start:
                 self._view[:rest] = self._view[self._start : self._end]
                 self._start, self._end = 0, rest
         elif self._start + 2 * self._wanted > RECEIVE_SIZE:
             limit = self._start + self._wanted  # one more would be cut by the buffer's end, and moved
         self._turns.guest_busy = False
-        received = self._sock.recv_into(self._view[self._end : limit])
+        received = self._sock.recv_into(self._view[self._end : limit] if rest else self._view)
         self._turns.guest_busy = True
         self._end += received
         if self._tcp and received and self._end < limit:
@@ -229,6 +241,7 @@ class Connection:
                 self._end += self._sock.recv_into(self._view[self._end : limit], 0, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 pass
+        self._meter.received = clock()
         return received > 0
 
     # Cut.
@@ -268,10 +281,9 @@ class Connection:
 
     def _serve_warm(self) -> bool:  # noqa: C901 - every request comes through here: steps in line cost no calls
         """The same; READs that would wait for the disk are put aside in `_cold`."""
-        unpack, header_size, right_magic = self._header.unpack_from, self._header.size, self._magic
+        unpack, header_size, right_magic = self._unpack, self._header_size, self._magic
         buffer, out, service, mode, size = self._buffer, self._out, self._service, self._mode, self._size
-        read_cached = self._read_cached
-        data_size = len(data_header(mode, 0, 0, 1))
+        read_cached, meter, data_size = self._read_cached, self._meter, self._data_size
         writes, longest_write, plain_write = self._writes, service.longest_write, self._plain_write
         debug = message_log.isEnabledFor(logging.DEBUG) and messages.wanted(self.export_name)
         while self._end - self._start >= header_size:
@@ -283,7 +295,6 @@ class Connection:
             if command == _READ and not flags and 0 < length <= LARGEST_PIECE and offset + length <= size:
                 # The hot path: what `Service.serve` does for the plain READ, in line.
                 self._start += header_size
-                service.requests += 1
                 used = out.used
                 data = used + data_size
                 try:
@@ -293,11 +304,12 @@ class Connection:
                             self._serve_cold()
                         continue
                 except Exception as e:
-                    service.refuse(cookie, offset, answer_to(e, f"READ of {length} bytes at {offset}"))
+                    service.refuse(_READ, cookie, offset, answer_to(e, f"READ of {length} bytes at {offset}"))
                 else:
                     out.view[used:data] = data_header(mode, cookie, offset, length)
                     out.used = data + length
-                    service.bytes_read += length
+                    meter.reads += 1
+                    meter.bytes_read += length
             elif (
                 command == _WRITE
                 and flags == plain_write

@@ -26,6 +26,8 @@ class Door:
         self._by_address: Counter[str] = Counter()  # only those with an address, and only above 0
         self._quiet_until = -1.0
         self._untold = 0
+        self.turned_away = 0
+        """Ever."""
 
     def enter(self, peer: str, address: str) -> bool:
         """Count the client in; False where there are too many, which is logged."""
@@ -48,6 +50,7 @@ class Door:
                 del self._by_address[address]
 
     def _refuse(self, peer: str, reason: str) -> bool:
+        self.turned_away += 1
         now = self._clock()
         if now < self._quiet_until:
             self._untold += 1

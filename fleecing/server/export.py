@@ -32,6 +32,7 @@ from fleecing.server.meta_context import (
     readable,
     whole_clusters,
 )
+from fleecing.server.meter import Traffic
 from fleecing.server.read_once import ReadOnce, Receipts
 from fleecing.units import MiB
 
@@ -85,7 +86,9 @@ class Export:
         release: Callable[[], None] | None = None,
         turns: Turns | None = None,
         give_way: Callable[[], None] | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
+        """`traffic`: where its clients are counted, may be shared with other exports."""
         self.info = info
         self.node = node
         self._contexts = contexts
@@ -98,6 +101,7 @@ class Export:
         self._release = release
         self.turns = turns or Turns()  # where its connections tell that they are served; a snapshot's tell nobody
         self.give_way = give_way  # what they call before they send much; None = they go first
+        self.traffic = traffic or Traffic()
 
     @property
     def name(self) -> str:
@@ -142,14 +146,16 @@ class Export:
             self._release()
 
 
-def active_export(name: str, description: str, disk: CopyBeforeWrite, *, cluster_size: int) -> Export:
+def active_export(
+    name: str, description: str, disk: CopyBeforeWrite, *, cluster_size: int, traffic: Traffic | None = None
+) -> Export:
     """The export that a machine has as its disk. `cluster_size` (bytes) is the preferred block size."""
     contexts: dict[str, Context] = {
         BASE_ALLOCATION: disk.block_status,
         ALLOCATION_DEPTH: everything_allocated,
     }
     info = _info(name, description, disk.size, _ACTIVE, cluster_size, contexts)
-    return Export(info, disk, contexts, changes=disk, turns=disk.turns)
+    return Export(info, disk, contexts, changes=disk, turns=disk.turns, traffic=traffic)
 
 
 def snapshot_export(
@@ -159,6 +165,7 @@ def snapshot_export(
     bitmap: Bitmap | None = None,
     *,
     read_once_grace: int | None = None,
+    traffic: Traffic | None = None,
 ) -> Export:
     """The export that a backup tool reads and trims; `bitmap` is the one dirty bitmap that it offers.
 
@@ -197,10 +204,13 @@ def snapshot_export(
         retain=snapshot.retain,
         release=snapshot.release,
         give_way=snapshot.disk.turns.give_way,
+        traffic=traffic,
     )
 
 
-def lost_export(name: str, description: str, lost: LostSnapshot, bitmap: str | None) -> Export:
+def lost_export(
+    name: str, description: str, lost: LostSnapshot, bitmap: str | None, *, traffic: Traffic | None = None
+) -> Export:
     """The export of a snapshot that can never be read again: who comes back to it is told why."""
     contexts: dict[str, Context] = {
         BASE_ALLOCATION: lost.block_status,
@@ -210,7 +220,8 @@ def lost_export(name: str, description: str, lost: LostSnapshot, bitmap: str | N
     }
     if bitmap is not None:
         contexts[DIRTY_BITMAP + bitmap] = lost.block_status
-    return Export(_info(name, description, lost.size, _SNAPSHOT, lost.cluster_size, contexts), lost, contexts)
+    info = _info(name, description, lost.size, _SNAPSHOT, lost.cluster_size, contexts)
+    return Export(info, lost, contexts, traffic=traffic)
 
 
 def _info(

@@ -67,6 +67,21 @@ class NbdServer:
         """The clients in the transmission phase."""
         return tuple(self._connections)
 
+    @property
+    def read_memory(self) -> tuple[int, int]:
+        """Bytes in use for long READs, and how many may be."""
+        return self._budget.used, self._budget.total
+
+    @property
+    def in_flight(self) -> tuple[int, int]:
+        """Requests of all clients that are under way in other threads, and bytes of their payload."""
+        return self._shares.in_flight
+
+    @property
+    def turned_away(self) -> int:
+        """Clients that were too many, ever."""
+        return self._door.turned_away
+
     def add_listener(self, listener: socket.socket, *, tls_mode: TlsMode | None = None) -> None:
         """Accept clients on this listening socket from now on; it is closed with the server.
 

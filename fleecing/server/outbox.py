@@ -20,6 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from fleecing.server.meter import Meter
 from fleecing.server.tls import Stream
 from fleecing.units import KiB
 
@@ -38,9 +39,10 @@ _SIZE = GATHER + LARGEST_PIECE + KiB
 class Outbox:
     """The sending side of a connection. `view` up to `used` waits to go; only the connection's thread touches both."""
 
-    def __init__(self, sock: Stream, give_way: Callable[[], None] | None = None) -> None:
+    def __init__(self, sock: Stream, meter: Meter, give_way: Callable[[], None] | None = None) -> None:
         """`give_way` is called before much is sent."""
         self._sock = sock
+        self._meter = meter
         self._give_way = give_way
         self.view = memoryview(bytearray(_SIZE))
         self.used = 0
@@ -48,6 +50,8 @@ class Outbox:
         self._late: deque[bytes] = deque()
         self.stuck = False
         """The client was given up because it did not read."""
+        self.failed = False
+        """A send failed: nothing can be told to the client any more."""
 
     def put(self, reply: bytes) -> None:
         """Add a whole reply; what does not fit beside the others goes out at once."""
@@ -71,6 +75,7 @@ class Outbox:
                     self._give_up(e)
                     raise
             self.used = 0
+            self._meter.sent()
         if self._late:
             self._send_late()
 
@@ -86,6 +91,7 @@ class Outbox:
             except OSError as e:
                 self._give_up(e)
                 raise
+        self._meter.sent()
         if self._late:
             self._send_late()
 
@@ -143,6 +149,7 @@ class Outbox:
         return False
 
     def _give_up(self, error: OSError) -> None:
+        self.failed = True
         self.stuck |= isinstance(error, BlockingIOError | TimeoutError)
         self._late.clear()
         with contextlib.suppress(OSError):
@@ -161,8 +168,10 @@ class Outbox:
 class TellingOutbox(Outbox):
     """An outbox that calls `sent`, in the connection's thread, when all that was gathered has left."""
 
-    def __init__(self, sock: Stream, sent: Callable[[], None], give_way: Callable[[], None] | None) -> None:
-        super().__init__(sock, give_way)
+    def __init__(
+        self, sock: Stream, meter: Meter, sent: Callable[[], None], give_way: Callable[[], None] | None
+    ) -> None:
+        super().__init__(sock, meter, give_way)
         self._sent = sent
 
     def send(self) -> None:

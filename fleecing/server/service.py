@@ -27,6 +27,7 @@ from fleecing.server.budget import Budget
 from fleecing.server.export import Export, answer_to
 from fleecing.server.limits import Limits
 from fleecing.server.meta_context import block_status
+from fleecing.server.meter import Meter, kind_of
 from fleecing.server.outbox import GATHER, LARGEST_PIECE, Outbox
 from fleecing.server.read_once import Receipts
 from fleecing.server.shares import Shares
@@ -39,7 +40,7 @@ BUDGET_SECONDS = 30.0
 """How long a READ with a simple reply waits for its share of the memory that all connections have together: so much
 longer than the time after which those who have it and do not read are dropped."""
 
-_WRITE = int(Cmd.WRITE)
+_READ, _WRITE = int(Cmd.READ), int(Cmd.WRITE)
 _FUA = int(CmdFlag.FUA)
 _PAYLOAD_LEN = int(CmdFlag.PAYLOAD_LEN)
 _READ_ONCE = int(CmdFlag.READ_ONCE)
@@ -58,15 +59,14 @@ class Service:
         agreement: Agreement,
         export: Export,
         out: Outbox,
+        meter: Meter,
         budget: Budget,
         shares: Shares,
         receipts: Receipts | None,
         limits: Limits,
     ) -> None:
         """`receipts`: what is sent once and trimmed then, where the client or the export wants that."""
-        self.requests = 0
-        self.bytes_read = 0
-        self.bytes_written = 0
+        self._meter = meter
         self._mode = agreement.mode
         self._limits = agreement.limits()
         self.longest_write = self._limits.longest[_WRITE]  # bytes; 0 where this client may not write
@@ -89,20 +89,28 @@ class Service:
 
     # Answers.
 
-    def refuse(self, cookie: int, offset: int, error: RequestError) -> None:
-        """The reply of a request that failed; the text goes with it where replies are structured."""
+    def refuse(self, kind: int, cookie: int, offset: int, error: RequestError, *, at: int | None = None) -> None:
+        """The reply of a request that failed; the text, and where it failed, goes with it where it is structured."""
+        if self._out.failed:  # where it was the sending that failed, the request is answered and counted already
+            raise ConnectionError("the client is gone") from error
         messages.log_refusal(self._export_name, cookie, error)
-        self._out.put(error_reply(self._mode, cookie, offset, error.error, error.text))
+        self._meter.refused(kind)
+        self._out.put(error_reply(self._mode, cookie, offset, error.error, error.text, at=at))
 
-    def _done(self, cookie: int, offset: int) -> None:
+    def _done(self, kind: int, cookie: int, offset: int, length: int) -> None:
+        self._meter.answered(kind, length)
         self._out.put(done_reply(self._mode, cookie, offset))
 
-    def _when_done(self, cookie: int, offset: int, doing: str, *, flags: int = 0, held: int = 0) -> Done:
+    def _when_done(
+        self, kind: int, cookie: int, offset: int, length: int, doing: str, *, flags: int = 0, held: int = 0
+    ) -> Done:
         """What to call, once, when a submitted request is over. `held` bytes of payload are given back then."""
         self._hold(held)
-        return self._answering(cookie, offset, doing, flags, held)
+        return self._answering(kind, cookie, offset, length, doing, flags, held, self._meter.received)
 
-    def _answering(self, cookie: int, offset: int, doing: str, flags: int, held: int) -> Done:
+    def _answering(
+        self, kind: int, cookie: int, offset: int, length: int, doing: str, flags: int, held: int, since: float
+    ) -> Done:
         def answer(error: Exception | None) -> None:
             if error is None:
                 reply = done_reply(self._mode, cookie, offset)
@@ -110,6 +118,7 @@ class Service:
                 failure = answer_to(error, doing)
                 messages.log_refusal(self._export_name, cookie, failure)
                 reply = error_reply(self._mode, cookie, offset, failure.error, failure.text)
+            self._meter.late(kind, length, since, failed=error is not None)
             self._out.late(reply)
             self._share.give_back(held)
 
@@ -151,17 +160,20 @@ class Service:
         assert self._changes is not None
         outcomes = self._changes.write_many([(offset, data) for _, offset, data in writes])
         left = []
+        count = written = 0
         done, mode = self._out.put, self._mode
         for write, outcome in zip(writes, outcomes, strict=True):
             cookie, offset, data = write
             if outcome is True:
+                count += 1
+                written += len(data)
                 done(done_reply(mode, cookie, offset))
-                self.bytes_written += len(data)
             elif outcome is False:
                 left.append(write)
             else:
-                self.refuse(cookie, offset, answer_to(outcome, f"WRITE of {len(data)} bytes at {offset}"))
-        self.requests += len(writes) - len(left)
+                self.refuse(_WRITE, cookie, offset, answer_to(outcome, f"WRITE of {len(data)} bytes at {offset}"))
+        self._meter.writes += count  # none of these replies has left yet: there is room for all of them
+        self._meter.bytes_written += written
         return left
 
     def write(self, flags: int, cookie: int, offset: int, data: memoryview, hand_over: Callable[[], None]) -> None:
@@ -169,7 +181,6 @@ class Service:
 
         `hand_over` has a fresh thread serve the connection from here on, in the place of this one where it hangs.
         """
-        self.requests += 1
         length = len(data)
         try:
             check_request(self._limits, _WRITE, flags, offset, length)
@@ -179,16 +190,16 @@ class Service:
                 offset, data, lambda: self._go_on_without(flags, cookie, offset, length, hand_over)
             ):
                 held = bytes(data)
-                done = self._when_done(cookie, offset, f"WRITE of {length} bytes at {offset}", flags=flags, held=length)
+                doing = f"WRITE of {length} bytes at {offset}"
+                done = self._when_done(_WRITE, cookie, offset, length, doing, flags=flags, held=length)
                 _start(done, lambda: changes.submit_write(offset, held, done))
             elif flags & _FUA:
-                done = self._when_done(cookie, offset, f"FUA of WRITE at {offset}")
+                done = self._when_done(_WRITE, cookie, offset, length, f"FUA of WRITE at {offset}")
                 _start(done, lambda: changes.submit_flush(done))
             else:
-                self._done(cookie, offset)
-            self.bytes_written += length
+                self._done(_WRITE, cookie, offset, length)
         except Exception as e:
-            self.refuse(cookie, offset, answer_to(e, f"WRITE of {length} bytes at {offset}"))
+            self.refuse(_WRITE, cookie, offset, answer_to(e, f"WRITE of {length} bytes at {offset}"))
 
     def _go_on_without(self, flags: int, cookie: int, offset: int, length: int, hand_over: Callable[[], None]) -> Done:
         """The connection's thread hangs in saving what this WRITE overwrites: answer it later, serve the next now.
@@ -197,14 +208,13 @@ class Service:
         back (`CopyBeforeWrite.write_saving`).
         """
         self._share.take_now(length)
-        self.bytes_written += length
-        done = self._answering(cookie, offset, f"WRITE of {length} bytes at {offset}", flags, length)
+        doing = f"WRITE of {length} bytes at {offset}"
+        done = self._answering(_WRITE, cookie, offset, length, doing, flags, length, self._meter.received)
         hand_over()
         return done
 
     def begin_long_write(self, command: int, flags: int, cookie: int, offset: int, length: int) -> LongWrite:
         """A payload that is larger than the receive buffer begins."""
-        self.requests += 1
         refusal = None
         try:
             if command != _WRITE:
@@ -212,7 +222,7 @@ class Service:
             check_request(self._limits, command, flags, offset, length)
         except RequestError as e:
             refusal = e
-        return LongWrite(self, flags, cookie, offset, length, refusal)
+        return LongWrite(self, kind_of(command), flags, cookie, offset, length, refusal)
 
     # Everything else.
 
@@ -220,7 +230,7 @@ class Service:
         self, command: int, flags: int, cookie: int, offset: int, length: int, payload: memoryview | None = None
     ) -> None:
         """A request other than WRITE and DISC. With extended headers any may come with a `payload`."""
-        self.requests += 1
+        kind = kind_of(command)
         try:
             contexts = tuple(self._contexts)
             if payload is not None and command == Cmd.BLOCK_STATUS:
@@ -229,23 +239,25 @@ class Service:
                 length, contexts = status_payload(bytes(payload), self._contexts)
             check_request(self._limits, command, flags, offset, length)
             if not length and command != Cmd.FLUSH:
-                self._done(cookie, offset)
+                self._done(kind, cookie, offset, 0)
             elif command == Cmd.READ:
                 self._read(flags, cookie, offset, length)
             elif command == Cmd.BLOCK_STATUS:
                 self._block_status(flags, cookie, offset, length, contexts)
             elif command == Cmd.CACHE:
                 self._node.prefetch(offset, length)
-                self._done(cookie, offset)
+                self._done(kind, cookie, offset, length)
             else:
                 self._change(Cmd(command), flags, cookie, offset, length)
         except Exception as e:
-            self.refuse(cookie, offset, answer_to(e, f"{command_name(command)} of {length} bytes at {offset}"))
+            self.refuse(kind, cookie, offset, answer_to(e, f"{command_name(command)} of {length} bytes at {offset}"))
 
     def _block_status(self, flags: int, cookie: int, offset: int, length: int, contexts: tuple[int, ...]) -> None:
         nodes = [self._contexts[number] for number in contexts]
         runs = block_status(nodes, offset, length, one=bool(flags & CmdFlag.REQ_ONE))
-        self._out.put(block_status_reply(self._mode, cookie, offset, list(zip(contexts, runs, strict=True))))
+        reply = block_status_reply(self._mode, cookie, offset, list(zip(contexts, runs, strict=True)))
+        self._meter.answered(int(Cmd.BLOCK_STATUS), length)
+        self._out.put(reply)
 
     def _change(self, command: Cmd, flags: int, cookie: int, offset: int, length: int) -> None:
         """FLUSH, TRIM, WRITE_ZEROES."""
@@ -253,18 +265,20 @@ class Service:
         if changes is None:  # a snapshot: its trim waits for nobody or for the disk, and there is nothing to flush
             submit_trim = self._submit_trim
             if command is Cmd.TRIM and submit_trim is not None:
-                done = self._when_done(cookie, offset, f"TRIM of {length} bytes at {offset}")
+                doing = f"TRIM of {length} bytes at {offset}"
+                done = self._when_done(command, cookie, offset, length, doing)
                 _start(done, lambda: submit_trim(offset, length, done))
                 return
             if command is Cmd.TRIM:
                 self._node.discard(offset, length)
-            self._done(cookie, offset)
+            self._done(command, cookie, offset, length)
             return
         if command is Cmd.FLUSH:
-            done = self._when_done(cookie, offset, "FLUSH")
+            done = self._when_done(command, cookie, offset, length, "FLUSH")
             _start(done, lambda: changes.submit_flush(done))
             return
-        done = self._when_done(cookie, offset, f"{command.name} of {length} bytes at {offset}", flags=flags)
+        doing = f"{command.name} of {length} bytes at {offset}"
+        done = self._when_done(command, cookie, offset, length, doing, flags=flags)
         if command is Cmd.TRIM:
             _start(done, lambda: changes.submit_discard(offset, length, done))
         else:
@@ -276,6 +290,7 @@ class Service:
     def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
         if length <= LARGEST_PIECE:
             self._read_piece(data_header(self._mode, cookie, offset, length), offset, length)
+            self._meter.answered(_READ, length)
         elif self._mode is ReplyMode.SIMPLE:
             self._read_whole(cookie, offset, length)
         elif flags & CmdFlag.DF:
@@ -283,7 +298,6 @@ class Service:
             raise RequestError(NbdError.EOVERFLOW, f"READ with DF of {length} bytes is above {LARGEST_PIECE}")
         elif not self._read_pieces(cookie, offset, length):
             return
-        self.bytes_read += length
         if self._receipts is not None:
             self._receipts.note(offset, length, once=bool(flags & _READ_ONCE))
 
@@ -298,11 +312,11 @@ class Service:
         """A checked READ of at most LARGEST_PIECE that waits for the disk."""
         try:
             self._read_piece(data_header(self._mode, cookie, offset, length), offset, length)
-            self.bytes_read += length
+            self._meter.answered(_READ, length)
             if self._receipts is not None:
                 self._receipts.note(offset, length)
         except Exception as e:
-            self.refuse(cookie, offset, answer_to(e, f"READ of {length} bytes at {offset}"))
+            self.refuse(_READ, cookie, offset, answer_to(e, f"READ of {length} bytes at {offset}"))
         if self._out.used >= GATHER:
             self._out.send()
 
@@ -315,10 +329,10 @@ class Service:
             try:
                 self._read_piece(header, start, count)
             except Exception as e:
-                failure = answer_to(e, f"READ of {count} bytes at {start}")
-                messages.log_refusal(self._export_name, cookie, failure)
-                self._out.put(error_reply(self._mode, cookie, offset, failure.error, failure.text, at=start))
+                self.refuse(_READ, cookie, offset, answer_to(e, f"READ of {count} bytes at {start}"), at=start)
                 return False
+            if start + count == end:
+                self._meter.answered(_READ, length)
             if self._out.used >= GATHER:
                 self._out.send()
         return True
@@ -339,6 +353,7 @@ class Service:
             buffer = memoryview(bytearray(length))
             for start in range(0, length, LARGEST_PIECE):
                 self._node.read_into(offset + start, buffer[start : start + LARGEST_PIECE])
+            self._meter.answered(_READ, length)
             self._out.send_now([data_header(self._mode, cookie, offset, length), buffer])
         finally:
             self._budget.give_back(length)
@@ -352,9 +367,19 @@ class LongWrite:
     """
 
     def __init__(
-        self, service: Service, flags: int, cookie: int, offset: int, length: int, refusal: RequestError | None
+        self,
+        service: Service,
+        kind: int,
+        flags: int,
+        cookie: int,
+        offset: int,
+        length: int,
+        refusal: RequestError | None,
     ) -> None:
         self._service = service
+        self._kind = kind
+        self._length = length
+        self._since = service._meter.received
         self._flags, self._cookie, self._offset = flags, cookie, offset
         self._doing = f"WRITE of {length} bytes at {offset}"
         self._position = offset
@@ -365,21 +390,25 @@ class LongWrite:
         if self._refusal is None:
             try:
                 self._service._node.write(self._position, piece)
-                self._service.bytes_written += len(piece)
             except Exception as e:
                 self._refusal = answer_to(e, self._doing)
         self._position += len(piece)
 
     def end(self) -> None:
         """The payload is complete: answer."""
-        service = self._service
-        if self._refusal is not None:
-            service.refuse(self._cookie, self._offset, self._refusal)
-        elif self._flags & _FUA and (changes := service._changes) is not None:
-            done = service._when_done(self._cookie, self._offset, self._doing)
+        service, cookie, offset, refusal = self._service, self._cookie, self._offset, self._refusal
+        if refusal is None and self._flags & _FUA and (changes := service._changes) is not None:
+            service._hold(0)
+            done = service._answering(self._kind, cookie, offset, self._length, self._doing, 0, 0, self._since)
             _start(done, lambda: changes.submit_flush(done))
+            return
+        # Timed by itself, not with the batch that its last bytes came in.
+        service._meter.late(self._kind, self._length, self._since, failed=refusal is not None)
+        if refusal is None:
+            service._out.put(done_reply(service._mode, cookie, offset))
         else:
-            service._done(self._cookie, self._offset)
+            messages.log_refusal(service._export_name, cookie, refusal)
+            service._out.put(error_reply(service._mode, cookie, offset, refusal.error, refusal.text))
 
 
 def _start(done: Done, submit: Callable[[], None]) -> None:

@@ -26,9 +26,16 @@ class Shares:
         self.lock = threading.Lock()
         self.requests = requests  # what is free, below 0 where `take_now` had to; under the lock, as all that follows
         self.size = size
+        self._all = (requests, size)
         self._kept = (requests // 4, size // 4)  # for machines
         self._waiting: list[Share] = []
         self._tickets = itertools.count()
+
+    @property
+    def in_flight(self) -> tuple[int, int]:
+        """Requests, and bytes of their payload, that are under way now."""
+        with self.lock:
+            return self._all[0] - self.requests, self._all[1] - self.size
 
     def share(self, requests: int, size: int, *, machine: bool) -> Share:
         """For one client, which may have so much; `machine`: it writes to an active disk."""

@@ -149,7 +149,7 @@ def test_error_of_the_active_image_while_copying_is_a_copy_error(make_rig: MakeR
 
     rig.file.after_read = fail
     rig.disk.write(0, NEW)
-    assert snapshot.broken == "copy before a guest write failed: Input/output error"
+    assert snapshot.broken == "copy before a guest write failed: the image cannot be read: Input/output error"
     assert rig.disk.read(0, SIZE) == NEW
 
 
@@ -306,14 +306,19 @@ def test_a_change_that_waited_for_the_lock_of_a_deleted_snapshot_copies_nothing(
     lock, looked = snapshot.clusters.lock, threading.Event()
 
     class Contended:
-        """Whoever enters has looked at `broken` before, and finds the lock taken."""
+        """Whoever comes here has looked at `broken` before, and finds the lock taken."""
 
-        def __enter__(self) -> None:
+        def acquire(self, *, blocking: bool = True) -> bool:
             looked.set()
-            lock.acquire()
+            return lock.acquire(blocking)
+
+        def release(self) -> None:
+            lock.release()
+
+        __enter__ = acquire
 
         def __exit__(self, *error: object) -> None:
-            lock.release()
+            self.release()
 
     lock.acquire()
     snapshot.clusters.lock = Contended()  # type: ignore[assignment]

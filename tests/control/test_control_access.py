@@ -17,6 +17,7 @@ from fleecing.control.config import make_settings
 from fleecing.control.event_stream import EventRing, EventStream
 from fleecing.control.jobs import Jobs
 from fleecing.control.logs import Logs
+from fleecing.control.metrics import Metrics
 from fleecing.control.report import Reporter
 from fleecing.control.sockets import bind_unix
 from fleecing.errors import ConfigError
@@ -106,7 +107,11 @@ def test_a_server_that_is_not_root_serves_its_own_user_and_root(folder: Path, mo
 
         runner = web.AppRunner(
             make_app(
-                cast(Reporter, NoReporter()), cast(Jobs, None), EventStream(cast(EventRing, None)), cast(Logs, None)
+                cast(Reporter, NoReporter()),
+                cast(Jobs, None),
+                EventStream(cast(EventRing, None)),
+                cast(Logs, None),
+                cast(Metrics, None),
             )
         )
         await runner.setup()

@@ -9,6 +9,8 @@ import pytest
 
 from fleecing.control.addresses import Addresses, paste_lines
 from fleecing.control.config import make_settings
+from fleecing.control.jobs import Jobs
+from fleecing.control.lag import LoopLag
 from fleecing.control.manager import Manager
 from fleecing.control.metrics import Metrics
 from fleecing.control.models import SnapshotRequest
@@ -32,6 +34,12 @@ def reporter(tmp_path: Path) -> Iterator[Reporter]:
     manager.create(SnapshotRequest(disks=["vda"], name="s", temp_limit=LIMIT))
     yield Reporter(manager, NbdServer(manager), ADDRESSES)
     manager.close()
+
+
+def metrics(reporter: Reporter) -> bytes:
+    """The text for Prometheus."""
+    folder = Path(reporter.disks()[0].path).parent
+    return Metrics(reporter, Jobs(reporter.manager, str(folder / "state")), LoopLag()).text()
 
 
 def test_clusters_are_counted_by_state(reporter: Reporter) -> None:
@@ -83,7 +91,7 @@ def test_a_broken_snapshot_says_why(reporter: Reporter) -> None:
     assert info.broken == "copy before a guest write failed: temp limit of 1572864 bytes reached"
     with pytest.raises(ControlError, match="temp limit of 1572864 bytes reached"):
         reporter.map_page("vda", "s", 0, 1)
-    assert b'fleecing_snapshot_broken{disk="vda",snapshot="s"} 1.0' in Metrics(reporter).text()
+    assert b'fleecing_snapshot_broken{disk="vda",snapshot="s"} 1.0' in metrics(reporter)
 
 
 def test_an_image_that_shrinks_is_a_disks_problem(reporter: Reporter, tmp_path: Path) -> None:
@@ -101,7 +109,7 @@ def test_a_temp_folder_that_has_gone_is_a_disks_problem(reporter: Reporter) -> N
 
 
 def test_metrics_are_the_figures_of_the_report(reporter: Reporter) -> None:
-    text = Metrics(reporter).text().decode()
+    text = metrics(reporter).decode()
     for line in (
         'fleecing_disk_size_bytes{disk="vda"} 2.097153e+06',
         'fleecing_clients{export="vda"} 0.0',

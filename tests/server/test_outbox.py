@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 
 from fleecing.server import outbox
+from fleecing.server.meter import Meter
 from fleecing.server.outbox import Outbox
 from fleecing.units import KiB, MiB
 from tests.block.rig import SECONDS, in_thread
@@ -47,7 +48,7 @@ class Pair:
         self.client, self.server = socket.socketpair()
         self.client.settimeout(SECONDS)
         self.server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 * KiB)
-        self.out = Outbox(self.server)
+        self.out = Outbox(self.server, Meter())
 
     def fill(self, sender: int = 9) -> int:
         """Send until the kernel takes no more; gives the number of whole messages, the last of which may be under way.
