@@ -105,6 +105,7 @@ class Backup:
 
     def run(self, progress: Callable[[str, PullProgress], None]) -> list[BackupResult]:
         """Back up; `progress` is told the disk that is being pulled, and how far it is."""
+        self._check_disks()
         self._folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             stack.enter_context(locked(self._folder, say=self._say))
@@ -133,6 +134,13 @@ class Backup:
                 self._say(f"The backup {record.name} is safe; what is left to be tidied, the next one does")
                 raise
         return results
+
+    def _check_disks(self) -> None:
+        """Raises ControlError before anything is made where that would be in vain."""
+        known = [disk["name"] for disk in self._client.request("GET", "/v1/disks")["disks"]]
+        for disk in self._disks:
+            if disk not in known:
+                raise ControlError(404, f"there is no disk '{disk}': this server has {', '.join(known)}")
 
     def _plan(self) -> tuple[_Record, str | None, str | None]:
         """The record of this run, the checkpoint that its increments begin with, and why there is none."""

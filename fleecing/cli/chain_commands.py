@@ -159,6 +159,8 @@ def restore(*, folder: str, target: str, at: str | None, form: str | None, compr
         raise click.BadParameter(str(e), param_hint="TARGET") from None
     if found is Format.QCOW2 and not destination.is_new_file:
         raise click.UsageError("The format qcow2 is for new files; this TARGET is written over as it is.")
+    if compress != "none" and found is not Format.QCOW2:
+        raise click.UsageError("--compress goes with the format qcow2.")
     with open_chain(folder) as chain:
         index = chain.find(at)
         point = chain.points[index]

@@ -80,7 +80,12 @@ DEFAULT_PORT = 10809
 
 _LIMITS = Limits()
 
-_PLAIN = {"missing": "is missing", "extra_forbidden": "is no known setting", "too_short": "there must be at least one"}
+_PLAIN = {
+    "missing": "is missing",
+    "extra_forbidden": "is no known setting",
+    "too_short": "there must be at least one",
+    "tuple_type": "must be a list, in brackets",
+}
 
 
 class _Settings(BaseModel):

@@ -264,7 +264,9 @@ def open_chain(folder: str, *, writing: bool = False) -> Iterator[Chain]:
     """Backups that are there. Raises OSError, and ImageError where there are none, or others write to them."""
     path = Path(folder)
     if not path.is_dir() or Manifest.load(path) is None:
-        raise ImageError(folder, -1, "holds no backups: there is no manifest.json in it")
+        inside = sorted(str(manifest.parent) for manifest in path.glob(f"*/{MANIFEST}"))
+        way_out = f"; name one of {', '.join(inside)}" if inside else ""
+        raise ImageError(folder, -1, f"holds no backups: there is no manifest.json in it{way_out}")
     with locked(path, fcntl.LOCK_EX if writing else fcntl.LOCK_SH):
         chain = Chain(path, Manifest.load(path) or Manifest())
         if writing:

@@ -221,6 +221,9 @@ def test_a_full_folder_undoes_everything(server: Server, tmp_path: Path, how: st
 def test_a_disk_that_is_not_there_is_told(server: Server, tmp_path: Path) -> None:
     backup(server, tmp_path / "backups", "vda", "vdx", expect=1)
     assert checkpoints(server) == set()
+    server.kill()
+    backup(server, tmp_path / "backups", "vda", expect=1)
+    assert not (tmp_path / "backups").exists()
 
 
 @pytest.mark.parametrize("seed", range(4))

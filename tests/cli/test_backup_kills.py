@@ -16,63 +16,67 @@ from tests.crash.forked import ForkedCommand, ForkedServer
 from tests.images import MIB, make_image
 from tests.peers import run
 
-SIZE = 3 * MIB + 333
-KILLS = 7
+SIZE = 2 * MIB + 333
+KILLS = 6
+DISKS = ("vda", "vdb")
 
 
 class Story:
-    """A disk, its server, and a folder of backups."""
+    """Two disks, their server, and a folder of backups."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        self.image = folder / "vda.img"
-        make_image(self.image, SIZE)
+        self.images = {disk: folder / f"{disk}.img" for disk in DISKS}
+        for image in self.images.values():
+            make_image(image, SIZE)
         self.backups = folder / "backups"
         self._state = folder
-        self.server = ForkedServer(folder, self.image)
+        self.server = ForkedServer(folder, self.images)
         self.server.wait_ready()
         self.chance = random.Random(seed)
 
     def change(self) -> None:
         """Some writes of the guest."""
-        with connect(NbdUri(export="vda", socket=str(self.server.unix))) as guest:
-            for _ in range(3):
-                guest.write(self.chance.randrange(SIZE - 70_000), self.chance.randbytes(70_000))
+        for disk in DISKS:
+            with connect(NbdUri(export=disk, socket=str(self.server.unix))) as guest:
+                for _ in range(2):
+                    guest.write(self.chance.randrange(SIZE - 70_000), self.chance.randbytes(70_000))
 
     def backup(self, *more: str) -> ForkedCommand:
-        return ForkedCommand("backup", "vda", self.backups, "--control", self.server.control, *more)
+        return ForkedCommand("backup", *DISKS, self.backups, "--control", self.server.control, *more)
 
     def must(self, *words: object) -> None:
         command = ForkedCommand(*words)
         assert command.wait() == 0, command.said
 
     def assert_in_order(self) -> None:
-        """The next backup succeeds as an increment; nothing dangles; the chain verifies and has the disk as it is."""
+        """The next backup is an increment; nothing dangles; the chains verify and have what the disks have."""
         self.must("verify", self.backups)
         self.change()
         command = self.backup()
         assert command.wait() == 0, command.said
-        folder = self.backups / "vda"
-        points = json.loads((folder / "manifest.json").read_text())["points"]
-        assert points[-1]["backing"] is not None
         control = ControlClient(str(self.server.control))
         assert control.request("GET", "/v1/snapshots")["snapshots"] == []
         found = control.request("GET", "/v1/checkpoints")["checkpoints"]
-        assert [checkpoint["name"] for checkpoint in found] == [points[-1]["name"]]
         assert not list(self._state.rglob("temp.qcow2")) + list(self._state.rglob(".creation-*"))
         assert not (self.backups / ".backup.json").exists()
-        needed = {name for point in points for name in (point["file"], point["chunks"])}
-        assert {path.name for path in folder.iterdir()} == needed | {"manifest.json", ".lock"}
-        last = str(folder / points[-1]["file"])
-        run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", str(self.image), last)
+        for disk in DISKS:
+            folder = self.backups / disk
+            points = json.loads((folder / "manifest.json").read_text())["points"]
+            assert points[-1]["backing"] is not None
+            assert [each["name"] for each in found if each["disk"] == disk] == [points[-1]["name"]]
+            needed = {name for point in points for name in (point["file"], point["chunks"])}
+            assert {path.name for path in folder.iterdir()} == needed | {"manifest.json", ".lock"}
+            last = str(folder / points[-1]["file"])
+            run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", str(self.images[disk]), last)
         self.must("verify", self.backups)
 
 
 @pytest.mark.parametrize("victim", ["client", "server"])
 def test_a_backup_killed_at_a_random_moment_is_mended_by_the_next(tmp_path: Path, victim: str) -> None:
     story = Story(tmp_path, seed=len(victim))
-    story.must("backup", "vda", story.backups, "--control", story.server.control)
+    story.must("backup", *DISKS, story.backups, "--control", story.server.control)
     began = time.monotonic()
-    story.must("backup", "vda", story.backups, "--control", story.server.control, "--full")
+    story.must("backup", *DISKS, story.backups, "--control", story.server.control, "--full")
     typical = time.monotonic() - began
     for _ in range(KILLS):
         story.change()
@@ -82,7 +86,7 @@ def test_a_backup_killed_at_a_random_moment_is_mended_by_the_next(tmp_path: Path
             command.kill()
         else:
             story.server.kill()
-            story.server = ForkedServer(tmp_path, story.image)
+            story.server = ForkedServer(tmp_path, story.images)
             story.server.wait_ready()
             command.wait()  # it went on, or it failed
         story.assert_in_order()

@@ -153,6 +153,12 @@ def test_backups_whose_manifest_is_lost_are_left_alone_and_told(world: World, tm
             world.request("DELETE", f"/v1/checkpoints/vda@{checkpoint['name']}")
 
 
+def test_the_folder_of_several_disks_is_told_from_that_of_one(chain: Path, tmp_path: Path) -> None:
+    result = fleecing("restore", tmp_path, tmp_path / "out", expect=1)
+    assert f"holds no backups: there is no manifest.json in it; name one of {chain}" in result.stderr
+    assert CliRunner().invoke(main, ["restore", str(chain), str(tmp_path / "out"), "--compress", "zstd"]).exit_code == 2
+
+
 def test_an_empty_folder_does_not_verify(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"fleecing-backups": 1, "points": []}')
     assert "holds no backup yet" in fleecing("verify", tmp_path, expect=1).stderr

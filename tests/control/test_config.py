@@ -91,6 +91,7 @@ def test_changes_replace_what_the_file_says(tmp_path: Path) -> None:
         ("", "disk: is missing"),
         ("[disk]", "disk: there must be at least one"),
         ("[disk.vda]", "disk.vda.path: is missing"),
+        ("unix = \"s\"\n[disk.vda]\npath = 'x'", "unix: must be a list, in brackets"),
         ('[disk.vda]\npath = ""', "disk.vda.path: "),
         ('[disk."a/b"]\npath = "x"', "'a/b' is no name"),
         ('[disk.vda]\npath = "x"\ncluster-size = "3K"', "cluster size 3 KiB is not possible"),

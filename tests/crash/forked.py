@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -75,15 +76,22 @@ def _serve(arguments: list[str], log: Connection) -> None:
     main(["serve", *arguments], prog_name="fleecing")
 
 
-class ForkedServer:
-    """One process that serves an image; its sockets and state are in `folder`."""
+def _config(folder: Path, images: Mapping[str, Path]) -> str:
+    path = folder / "fleecing.toml"
+    path.write_text("".join(f'[disk.{name}]\npath = "{image}"\n' for name, image in images.items()))
+    return str(path)
 
-    def __init__(self, folder: Path, image: Path, *options: str) -> None:
+
+class ForkedServer:
+    """One process that serves an image ("vda"), or several by their names; its sockets and state are in `folder`."""
+
+    def __init__(self, folder: Path, images: Path | Mapping[str, Path], *options: str) -> None:
         self.unix, self.control = folder / "n", folder / "c"  # socket paths are short
         places = ["--unix", self.unix, "--control", self.control, "--state-dir", folder / "state"]
         reading, writing = os.pipe()
         with Connection(writing, readable=False) as log:
-            arguments = [str(image), "--name", "vda", *map(str, places), *options]
+            what = [str(images), "--name", "vda"] if isinstance(images, Path) else ["--config", _config(folder, images)]
+            arguments = [*what, *map(str, places), *options]
             self.process = _context.Process(target=_serve, args=(arguments, log), daemon=True)
             self.process.start()
         self._lines: list[str] = []
