@@ -63,6 +63,8 @@ PACKAGES = {
     "nbdkit": "nbdkit",
     "nsenter": "util-linux",
     "prlimit": "util-linux",
+    "prometheus": "prometheus",
+    "promtool": "prometheus",
     "qemu-ga": "qemu-guest-agent",
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",

@@ -14,6 +14,7 @@ from fleecing.block.graph import SnapshotSpec, freeze, open_disk
 from fleecing.block.snapshot_access import SnapshotAccess
 from fleecing.nbd.constants import REQUEST_MAGIC, Cmd, ReplyMode
 from fleecing.nbd.transmission import REQUEST, data_header
+from fleecing.server.meter import KINDS, Meter, clock
 from fleecing.units import KiB
 from scripts.benchmark.house import House, make_dirty
 
@@ -34,6 +35,8 @@ def stages(house: House) -> Iterator[tuple[str, float]]:
     yield "cut: unpack a request", _smallest(lambda: REQUEST.unpack_from(received, 0))
     yield "answer: pack a simple header", _smallest(lambda: data_header(ReplyMode.SIMPLE, 1, 0, _PIECE))
     yield "answer: pack a structured header", _smallest(lambda: data_header(ReplyMode.STRUCTURED, 1, 0, _PIECE))
+    yield "count: a batch of one READ, with its latency", _smallest(_counting(Meter()))
+    yield "count: what a scrape takes of a client", _smallest(_used_meter().figures, 20)
     with closing(open_disk(str(house.image))) as disk:
         yield "serve: read 4 KiB of the image", _smallest(lambda: disk.read_into(0, view))
         yield "serve: write 4 KiB, no snapshot", _smallest(lambda: disk.write_now(0, data))
@@ -46,9 +49,29 @@ def stages(house: House) -> Iterator[tuple[str, float]]:
         yield "save 16 clusters of 64 KiB in one go, each", min(_saving(house, disk, 16) for _ in range(3))
 
 
-def _smallest(call: Callable[[], object]) -> float:
-    seconds = timeit.repeat(call, number=_LOOPS, repeat=_ROUNDS, timer=time.thread_time)
-    return min(seconds) / _LOOPS * 1e9
+def _smallest(call: Callable[[], object], loops: int = _LOOPS) -> float:
+    seconds = timeit.repeat(call, number=loops, repeat=_ROUNDS, timer=time.thread_time)
+    return min(seconds) / loops * 1e9
+
+
+def _counting(meter: Meter) -> Callable[[], None]:
+    """All that a connection does for the metrics between two receives."""
+
+    def count() -> None:
+        meter.received = clock()
+        meter.reads += 1
+        meter.bytes_read += _PIECE
+        meter.sent()
+
+    return count
+
+
+def _used_meter() -> Meter:
+    meter = Meter()
+    for kind in KINDS:
+        meter.answered(kind, _PIECE)
+    meter.sent()
+    return meter
 
 
 def _saving(house: House, disk: CopyBeforeWrite, together: int) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fleecing.block.snapshot_access import SnapshotAccess
 from fleecing.control.addresses import Addresses, paste_lines
 from fleecing.control.config import make_settings
 from fleecing.control.jobs import Jobs
@@ -92,6 +93,13 @@ def test_a_broken_snapshot_says_why(reporter: Reporter) -> None:
     with pytest.raises(ControlError, match="temp limit of 1572864 bytes reached"):
         reporter.map_page("vda", "s", 0, 1)
     assert b'fleecing_snapshot_broken{disk="vda",snapshot="s"} 1.0' in metrics(reporter)
+
+
+def test_metrics_are_told_while_a_copy_hangs_with_the_lock_of_a_snapshot(reporter: Reporter) -> None:
+    node = reporter.manager.snapshot("vda", "s").node
+    assert isinstance(node, SnapshotAccess)
+    with node.clusters.lock:
+        assert b'fleecing_snapshot_broken{disk="vda",snapshot="s"} 0.0' in metrics(reporter)
 
 
 def test_an_image_that_shrinks_is_a_disks_problem(reporter: Reporter, tmp_path: Path) -> None:
