@@ -183,12 +183,13 @@ def test_a_backup_that_is_stopped_undoes_itself(tmp_path: Path, number: signal.S
     image, backups = tmp_path / "vda.img", tmp_path / "backups"
     make_image(image, 8 * MIB)
     with serving(tmp_path, image) as server:
-        command = ForkedCommand("backup", "vda", backups, "--bandwidth", "1M", "--control", server.control)
+        command = ForkedCommand("backup", "vda", backups, "--bandwidth", "100K", "--control", server.control)
         while not list(backups.rglob("*.qcow2.part")):
             assert command.process.is_alive(), command.said
         assert command.process.pid is not None
         os.kill(command.process.pid, number)
-        assert command.wait() == 1
+        code = command.wait()
+        assert code == 1, (code, command.said)
         assert ControlClient(str(server.control)).request("GET", "/v1/snapshots")["snapshots"] == []
         assert checkpoints(server) == []
         assert {path.name for path in backups.rglob("*") if path.is_file()} == {".lock", "manifest.json"}

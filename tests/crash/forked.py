@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
@@ -26,6 +27,7 @@ def _run(arguments: list[str], log: Connection) -> None:
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     log.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background has it ignored
     main(arguments, prog_name="fleecing")
 
 
