@@ -234,7 +234,10 @@ def test_old_contents_that_cannot_be_read(serve: Serve, image: Faults, policy: s
         if policy == "break-snapshot":
             assert reply.error == 0
             now[:CLUSTER] = NEW[:CLUSTER]
-            assert server.show("vda@s")["broken"] == "copy before a guest write failed: Input/output error"
+            assert (
+                server.show("vda@s")["broken"]
+                == "copy before a guest write failed: the image cannot be read: Input/output error"
+            )
             assert read(server).error == EINVAL
         else:
             assert reply.error == EIO
