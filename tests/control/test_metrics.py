@@ -267,7 +267,7 @@ def test_the_server_as_a_whole(serve: Serve, image: Path) -> None:
     assert threads is not None
     with RawClient(server.unix, "vda") as one, RawClient(server.unix, "vda") as two:
         assert one.read(0, 10) and two.read(0, 10)
-        with pytest.raises(AssertionError, match="hung up"):
+        with pytest.raises((AssertionError, OSError)):  # hung up on while it reads, or while it writes
             RawClient(server.unix, "vda")
         figures = scrape(server)
         assert figures.get("fleecing_clients_turned_away_total") == 1
