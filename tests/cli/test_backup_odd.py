@@ -100,8 +100,8 @@ def checkpoints(server: ForkedServer) -> list[dict[str, Any]]:
 
 
 def test_disks_are_called_what_they_like(tmp_path: Path) -> None:
-    """Also as our own files were called."""
-    image, backups = tmp_path / "vda.img", tmp_path / "backups"
+    """Also as our own files were called; and so is the folder."""
+    image, backups = tmp_path / "vda.img", tmp_path / "json:{ b a,ck?ups#%é }"
     make_image(image, 70_000)
     for name in ("lock", "manifest.json", "backup.json", "x" * 128):
         with serving(tmp_path, image, "--name", name) as server:

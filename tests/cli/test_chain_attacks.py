@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from fleecing.cli.control_client import ControlClient
 from fleecing.cli.main import main
 from fleecing.client.dial import connect
 from fleecing.nbd.uri import NbdUri
-from tests.crash.forked import ForkedServer
+from tests.crash.forked import ForkedCommand, ForkedServer
 from tests.images import MIB, make_image, random_bytes
 from tests.peers import run
 
@@ -194,6 +196,31 @@ def test_files_that_are_swapped_cut_or_gone_are_found(world: World, chain: Path,
     for cut in (0, 50, 65536, 200_000):
         (chain / "p0.qcow2").write_bytes((chain / "p0.qcow2").read_bytes()[:cut])
         ruined("p0.qcow2", "p0")
+
+
+def test_a_prune_that_is_killed_at_a_random_moment_loses_nothing(world: World, chain: Path, tmp_path: Path) -> None:
+    """All that is listed is right, and the next one needs no help."""
+    chance = random.Random(9)
+    began = time.monotonic()
+    assert ForkedCommand("prune", chain, "--keep", 1).wait() == 0
+    typical = time.monotonic() - began
+    for turn in range(8):
+        shutil.rmtree(chain)
+        shutil.copytree(world.chain, chain)
+        keep = turn % 2 + 1
+        command = ForkedCommand("prune", chain, "--keep", keep)
+        time.sleep(chance.random() * typical)
+        command.kill()
+        fleecing("verify", chain)
+        names = [point["name"] for point in json.loads(fleecing("points", chain, "--json").stdout)]
+        assert names in (list(POINTS), list(POINTS[-keep:]))
+        for name in names:
+            fleecing("restore", chain, tmp_path / name, "--at", name)
+            assert (tmp_path / name).read_bytes() == world.expected[name]
+            (tmp_path / name).unlink()
+        fleecing("prune", chain, "--keep", keep)
+        fleecing("verify", chain)
+        assert len(list(chain.iterdir())) == 2 * keep + 2
 
 
 CHUNKS = {
