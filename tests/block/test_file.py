@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fleecing.block.extent import Allocation
 from fleecing.block.file import FileNode
+from fleecing.block.hostfile import HostFile
 from fleecing.errors import ImageError
 from fleecing.units import KiB, MiB
 from tests.block.rig import blocks, pattern
@@ -96,6 +100,61 @@ def test_block_status_stops_at_the_runs_asked_for(tmp_path: Path) -> None:
     assert len(runs) == 16
     assert node.block_status(0, 2 * MiB, 3) == runs[:3]
     assert node.block_status(2 * MiB - 5, 5) == [(5, Allocation.HOLE_ZERO)]
+    node.close()
+
+
+def test_block_status_looks_for_the_end_of_the_same_data_once(image: Path) -> None:
+    looks = []
+
+    class Counting(HostFile):
+        def next_hole(self, offset: int) -> int:
+            looks.append(offset)
+            return super().next_hole(offset)
+
+    node = FileNode(Counting.open(str(image)))
+    for offset in range(0, MiB, 64 * KiB):
+        assert node.block_status(offset, 64 * KiB) == [(64 * KiB, Allocation.DATA)]
+    assert looks == [0]
+    node.discard(128 * KiB, 64 * KiB)
+    node.write(300 * KiB, b"x")
+    assert node.block_status(0, MiB) == [
+        (128 * KiB, Allocation.DATA),
+        (64 * KiB, Allocation.HOLE_ZERO),
+        (MiB - 192 * KiB, Allocation.DATA),
+    ]
+    node.write_zeroes(MiB - 4 * KiB, 4 * KiB)
+    assert node.block_status(MiB - 8 * KiB, 8 * KiB) == [(4 * KiB, Allocation.DATA), (4 * KiB, Allocation.HOLE_ZERO)]
+    node.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(["write", "discard", "status"]), st.integers(0, 31), st.integers(1, 32)), max_size=30
+    )
+)
+def test_block_status_never_calls_data_a_hole(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, int]]
+) -> None:
+    path = tmp_path_factory.mktemp("status") / "disk.img"
+    with path.open("wb") as f:
+        f.truncate(128 * KiB)
+    node = FileNode.open(str(path))
+    page = 4 * KiB
+    for what, first, count in [*steps, ("status", 0, 32)]:
+        offset, length = first * page, min(count, 32 - first) * page
+        if what == "write":
+            node.write(offset, b"x" * length)
+        elif what == "discard":
+            node.discard(offset, length)
+        else:
+            data, at = path.read_bytes(), offset
+            runs = node.block_status(offset, length)
+            assert all(a[1] != b[1] for a, b in pairwise(runs))
+            for n, state in runs:
+                assert state == Allocation.DATA or not any(data[at : at + n])
+                at += n
+            assert at == offset + length
     node.close()
 
 
