@@ -32,18 +32,23 @@ class Runner:
         self._tell = tell
 
     def run(self, rows: Sequence[Row]) -> list[Result]:
-        """All rows; those of a stage stand together."""
-        results: list[Result] = []
-        for stage, group in groupby(rows, key=lambda row: row.stage):
-            results += self._run_stage(stage, list(group))
+        """All rows; those of a stage stand together. Ctrl-C leaves out the rest."""
+        results = [Result(row) for row in rows]
+        try:
+            for stage, group in groupby(results, key=lambda result: result.row.stage):
+                self._run_stage(stage, list(group))
+        except KeyboardInterrupt:
+            for result in results:
+                if not result.samples:
+                    result.left_out = "interrupted"
         return results
 
-    def _run_stage(self, stage: Stage, rows: list[Row]) -> list[Result]:
-        results = [Result(row) for row in rows]
+    def _run_stage(self, stage: Stage, results: list[Result]) -> None:
+        rows = [result.row for result in results]
         if not self._has_time_for(rows[0]):
             for result in results:
                 result.left_out = "no time left"
-            return results
+            return
         reasons = {
             name: why_not(self._house, name, stage.transport)
             for name in dict.fromkeys(name for row in rows for name in row.contenders)
@@ -63,7 +68,6 @@ class Runner:
                     self._run_row(result, give)
                 else:
                     result.left_out = "no time left"
-        return results
 
     def _has_time_for(self, row: Row) -> bool:
         settings = self._house.settings

@@ -46,8 +46,9 @@ def show(console: Console, results: Sequence[Result]) -> None:
         if doubts := [doubt.splitlines()[0] for doubt in result.doubts()]:
             text = escape("; ".join(doubts))
             console.print(f"[yellow]? {result.row.name}[/] is not to be trusted: {text}", highlight=False)
-    if out := [result.row.name for result in results if result.left_out]:
-        console.print(f"left out, no time left: {', '.join(out)}", highlight=False)
+    for reason in dict.fromkeys(result.left_out for result in results if result.left_out):
+        out = [result.row.name for result in results if result.left_out == reason]
+        console.print(f"left out, {reason}: {', '.join(out)}", highlight=False)
 
 
 def _add(table: Table, result: Result, peers: Sequence[str]) -> None:
