@@ -63,6 +63,7 @@ class HostFile:
         mode = os.fstat(fd).st_mode
         self.is_block_device = stat.S_ISBLK(mode)
         self.sector = struct.unpack("i", fcntl.ioctl(fd, BLKSSZGET, b"\0" * 4))[0] if self.is_block_device else 1
+        self._no_wait = os.RWF_NOWAIT  # 0 where the file system does not know it
         self._lost: int | None = None  # the errno; under the lock, since the system tells it once
         self._lost_lock = threading.Lock()
 
@@ -113,12 +114,13 @@ class HostFile:
     def read_cached(self, offset: int, buffer: memoryview) -> bool:
         """Fill `buffer` if that takes no waiting for the disk; False where it would (or where the file ends)."""
         try:
-            return os.preadv(self.fd, (buffer,), offset, os.RWF_NOWAIT) == len(buffer)
+            return os.preadv(self.fd, (buffer,), offset, self._no_wait) == len(buffer)
         except BlockingIOError:
             return False
         except OSError as e:
-            if e.errno not in _UNSUPPORTED:
+            if e.errno not in _UNSUPPORTED or not self._no_wait:
                 raise
+        self._no_wait = 0  # asking again and again would cost tmpfs and NFS 0.8 us a read
         return self.read_into(offset, buffer) == len(buffer)
 
     def check_written(self) -> None:

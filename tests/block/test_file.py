@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fleecing.block import hostfile
 from fleecing.block.extent import Allocation
 from fleecing.block.file import FileNode
 from fleecing.block.hostfile import HostFile
@@ -155,6 +158,31 @@ def test_block_status_never_calls_data_a_hole(
                 assert state == Allocation.DATA or not any(data[at : at + n])
                 at += n
             assert at == offset + length
+    node.close()
+
+
+def test_a_file_system_without_nowait_is_asked_for_it_once(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    class Old:
+        """The module `os` where the file system knows no RWF_NOWAIT, as tmpfs and NFS."""
+
+        def preadv(self, fd: int, buffers: tuple[memoryview], offset: int, flags: int = 0) -> int:
+            calls.append(flags)
+            if flags:
+                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+            return os.preadv(fd, buffers, offset)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(os, name)
+
+    node = FileNode.open(str(image))
+    monkeypatch.setattr(hostfile, "os", Old())
+    buffer = bytearray(4 * KiB)
+    for at in range(0, 16 * KiB, 4 * KiB):
+        assert node.read_cached(at, memoryview(buffer))
+        assert buffer == pattern(MiB)[at : at + 4 * KiB]
+    assert calls == [os.RWF_NOWAIT, 0, 0, 0, 0]
     node.close()
 
 
