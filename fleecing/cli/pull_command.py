@@ -19,7 +19,7 @@ from fleecing.errors import ControlError, FleecingError, sentence
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.chain import new_chain
 from fleecing.pull.destination import Destination, Format
-from fleecing.pull.engine import Check, PullOptions, PullReport, Trim, pull
+from fleecing.pull.engine import CONNECTIONS, DEPTH, Check, PullOptions, PullReport, Trim, pull
 from fleecing.pull.limiter import Bandwidth
 from fleecing.pull.qcow2_codec import Compression
 from fleecing.units import format_size, parse_size
@@ -69,8 +69,13 @@ Examples:
 @click.option("--journal", metavar="FILE", help="Where a run can be resumed from; else TARGET.journal for a new file.")
 @click.option("--bitmap", metavar="NAME", help="Copy what this dirty bitmap of the export says; else its only one.")
 @click.option("--no-bitmap", is_flag=True, help="Copy everything, whatever dirty bitmap the export has.")
-@click.option("--connections", type=click.IntRange(1, 64), default=4, show_default=True, help="To the server, at most.")
-@click.option("--depth", type=click.IntRange(1, 64), default=4, show_default=True, help="Requests a connection.")
+@click.option(
+    "--connections",
+    type=click.IntRange(1, 64),
+    default=CONNECTIONS,
+    help="To the server, at most; else one a CPU, up to 4.",
+)
+@click.option("--depth", type=click.IntRange(1, 64), default=DEPTH, show_default=True, help="Requests a connection.")
 @click.option("--bandwidth", type=BANDWIDTH, help="Most bytes a second, as in 50M.")
 @click.option(
     "--reconnect",
@@ -190,8 +195,8 @@ def make_options(
     no_trim: bool = False,
     bitmap: str | None = None,
     no_bitmap: bool = False,
-    connections: int = 4,
-    depth: int = 4,
+    connections: int = CONNECTIONS,
+    depth: int = DEPTH,
     bandwidth: int | None = None,
     reconnect: float = RECONNECT,
     no_check: bool = False,

@@ -33,7 +33,7 @@ from fleecing.pull.qcow2_codec import (
     touched,
 )
 from fleecing.pull.qcow2_reader import ClusterReader, read_entries
-from fleecing.pull.target import PART, Target, give_name, naming, new_part, remove_part, zero_runs
+from fleecing.pull.target import PART, Target, give_name, naming, new_part, remove_part, write_in_steps, zero_runs
 from fleecing.units import align_up, div_up
 
 _ENTRY: Final = layout.ENTRY_BYTES
@@ -159,7 +159,8 @@ class Qcow2Target(Target):
         count = div_up(len(data), CLUSTER)
         with self._lock:
             host = self._space.take(count)
-        self._put(host, data)
+        with naming(self._file.path):
+            write_in_steps(self._file, host, data)
         first = host | layout.COPIED
         self._link(offset, array("Q", range(first, first + count * CLUSTER, CLUSTER)))
 

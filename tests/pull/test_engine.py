@@ -265,7 +265,7 @@ def test_several_connections_only_where_the_export_can_share_them(
     tmp_path: Path, shared: TransmissionFlag, expected: int
 ) -> None:
     run = Run(tmp_path, Disk(data_of(MiB), flags=FLAGS & ~TransmissionFlag.CAN_MULTI_CONN | shared))
-    run()
+    run(PullOptions(connections=4))
     assert run.disk.connections == expected
 
 
@@ -337,7 +337,7 @@ def test_an_error_of_one_connection_ends_those_that_wait(tmp_path: Path) -> None
 
     run.target.abandon = abandon  # type: ignore[method-assign]
     with pytest.raises(RequestError, match="enough"):
-        run(PullOptions(depth=1, piece=MiB))
+        run(PullOptions(connections=4, depth=1, piece=MiB))
     assert ended.is_set()
 
 
