@@ -33,6 +33,7 @@ METRICS: Mapping[str, Metric] = {
     "rss": Metric("MiB resident"),
     "growth": Metric("x bitmaps' bytes"),
     "pull_mb": Metric("MB/s of the pull", more_is_better=True),
+    "other_mb": Metric("MB/s of the other client", more_is_better=True),
     "peak": Metric("MiB of temp at most"),
     "kept": Metric("of it without tracking", more_is_better=True),
     "peak_share": Metric("of the peak without that"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fleecing.units import KiB
+from fleecing.units import KiB, MiB
 from scripts.benchmark.contenders.plain import NBD_SERVER, NBDKIT, NBDKIT_COW
 from scripts.benchmark.contenders.table import OURS, QSDS
 from scripts.benchmark.house import DIRTY_REGION, House
 from scripts.benchmark.load import Fio, convert, fio, nbdcopy
 from scripts.benchmark.model import Against, Goal, Image, Measure, Row, Stage, Transport
+from scripts.benchmark.neighbours import beside
 
 PEERS = (OURS, *QSDS, NBDKIT, NBD_SERVER)
 WITH_COW = (*PEERS, NBDKIT_COW)
@@ -181,6 +182,18 @@ def _others(house: House) -> Iterator[Row]:
             contenders,
             read(house, 4 * KiB, 16, connections=connections),
             shown=("rate", "p99"),
+        )
+    for name, block, depth in (("deep", 4 * KiB, 64), ("large", 32 * MiB, 4)):
+        size, seconds = house.settings.size, house.settings.seconds
+        small = Fio("randread", 4 * KiB, 1, size, seconds)
+        other = Fio("randread", block, depth, size, seconds=60.0)  # ended when the small one is through
+        yield Row(
+            f"beside-{name}-unix",
+            f"random read 4 KiB, depth 1, beside a client that reads {block // KiB} KiB at depth {depth}",
+            Stage(),
+            PEERS,
+            beside(house, small, other),
+            shown=("rate", "p50", "p99", "other_mb"),
         )
     yield Row(
         "cold-rr-4k-d16-unix",
