@@ -31,6 +31,7 @@ from fleecing.pull.limiter import Bandwidth
 from fleecing.pull.node_source import NodeSource
 from fleecing.pull.qcow2_codec import Compression
 from fleecing.pull.target import PART
+from fleecing.units import KiB
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ KEPT: Final = 100
 """Ended jobs that are remembered."""
 THREADS: Final = 2
 """Reads of a job at a time."""
+PIECE: Final = 512 * KiB
+"""Bytes of a read: between two of them the guest may go first."""
 
 
 class JobRecord(Kept):
@@ -178,6 +181,7 @@ class Job:
         options = PullOptions(
             connections=THREADS,
             depth=1,
+            piece=PIECE,
             trim=Trim.SNAPSHOT if self._request.trim else Trim.NEVER,
             bandwidth=self._bandwidth,
         )
