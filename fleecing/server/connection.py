@@ -31,7 +31,7 @@ from fleecing.errors import ProtocolError
 from fleecing.events import Event, of_export, tell
 from fleecing.nbd.constants import EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, Cmd, CmdFlag, ReplyMode, command_name
 from fleecing.nbd.handshake import Agreement
-from fleecing.nbd.transmission import EXTENDED_REQUEST, REQUEST, data_header, payload_length
+from fleecing.nbd.transmission import EXTENDED_REQUEST, REQUEST, data_header, data_header_writer, payload_length
 from fleecing.server import messages
 from fleecing.server.budget import Budget
 from fleecing.server.export import MAXIMUM_PAYLOAD, Export, answer_to
@@ -104,6 +104,7 @@ class Connection:
         self._read_cached = export.node.read_cached if receipts is None else receipts.counting(export.node.read_cached)
         self._service = Service(agreement, export, self._out, meter, budget, shares, receipts, limits or Limits())
         self._data_size = len(data_header(self._mode, 0, 0, 1))
+        self._put_header = data_header_writer(self._mode)
         self._buffer = bytearray(RECEIVE_SIZE)
         self._view = memoryview(self._buffer)
         self._view[: len(leftover)] = leftover
@@ -282,8 +283,8 @@ class Connection:
     def _serve_warm(self) -> bool:  # noqa: C901 - every request comes through here: steps in line cost no calls
         """The same; READs that would wait for the disk are put aside in `_cold`."""
         unpack, header_size, right_magic = self._unpack, self._header_size, self._magic
-        buffer, out, service, mode, size = self._buffer, self._out, self._service, self._mode, self._size
-        read_cached, meter, data_size = self._read_cached, self._meter, self._data_size
+        buffer, out, view, service, size = self._buffer, self._out, self._out.view, self._service, self._size
+        read_cached, meter, data_size, put_header = self._read_cached, self._meter, self._data_size, self._put_header
         writes, longest_write, plain_write = self._writes, service.longest_write, self._plain_write
         debug = message_log.isEnabledFor(logging.DEBUG) and messages.wanted(self.export_name)
         while self._end - self._start >= header_size:
@@ -298,7 +299,7 @@ class Connection:
                 used = out.used
                 data = used + data_size
                 try:
-                    if not read_cached(offset, out.view[data : data + length]):
+                    if not read_cached(offset, view[data : data + length]):
                         self._cold.append((cookie, offset, length))
                         if len(self._cold) >= MAX_COLD:
                             self._serve_cold()
@@ -306,7 +307,7 @@ class Connection:
                 except Exception as e:
                     service.refuse(_READ, cookie, offset, answer_to(e, f"READ of {length} bytes at {offset}"))
                 else:
-                    out.view[used:data] = data_header(mode, cookie, offset, length)
+                    put_header(view, used, cookie, offset, length)
                     out.used = data + length
                     meter.reads += 1
                     meter.bytes_read += length
@@ -327,7 +328,7 @@ class Connection:
                     self._serve_writes()
             elif command == _DISC:  # whatever it carries
                 return False
-            elif payload := payload_length(mode, flags, command, length):
+            elif payload := payload_length(self._mode, flags, command, length):
                 if not self._serve_payload(command, flags, cookie, offset, length, header_size, payload):
                     return True
             else:

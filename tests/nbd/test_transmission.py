@@ -18,6 +18,7 @@ from fleecing.nbd.transmission import (
     block_status_reply,
     data_chunk_header,
     data_header,
+    data_header_writer,
     done_reply,
     error_reply,
     hole_chunk,
@@ -273,3 +274,12 @@ def test_struct_and_construct_agree_on_headers(
     built = layout.build(fields)
     assert list(packed.unpack_from(built)) == expected
     assert len(built) == packed.size + (12 if has_payload else 0)
+
+
+@pytest.mark.parametrize("mode", ReplyMode)
+def test_a_header_written_into_a_buffer_is_the_same(mode: ReplyMode) -> None:
+    for cookie, offset, length in [(0, 0, 1), (2**64 - 1, 2**63 - 1, 1 << 18), (7, 4096, 4096)]:
+        header = data_header(mode, cookie, offset, length)
+        buffer = bytearray(b"." * 99)
+        data_header_writer(mode)(memoryview(buffer), 13, cookie, offset, length)
+        assert buffer == b"." * 13 + header + b"." * (86 - len(header))
