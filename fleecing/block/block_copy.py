@@ -5,7 +5,7 @@ more. The work is cut into tasks: a run of clusters, at most MAX_TASK bytes, rea
 its run: whoever needs a cluster of it waits for the task, and if the task failed tries the copy itself.
 
     lock held:     find the first cluster to save, see that no task has it, register a task
-    no lock:       read the source, find the zeroes, place the rest in temp and write it
+    no lock:       read the source, find the zeroes, place the rest in temp and write it, or have it copied there
     lock held:     link what is still wanted, set `done`, clear `copy`; drop the task; wake those who wait
 
 A trim needs to know nothing of this: it clears `copy` under the lock, and the task that comes to its last step finds
@@ -31,7 +31,7 @@ from fleecing.block.extent import Allocation
 from fleecing.block.node import Node
 from fleecing.block.qcow2.node import TempImage
 from fleecing.errors import BlockError
-from fleecing.units import MiB, align_down, div_up
+from fleecing.units import KiB, MiB, align_down, div_up
 
 MAX_TASK = MiB
 """Bytes that one task copies at most (one cluster where that is larger); runs of holes may be longer."""
@@ -39,10 +39,16 @@ MAX_TASK = MiB
 MAX_TASKS = 16
 """Tasks of one snapshot at a time: what bounds its memory, and the threads that a hanging temp can hold."""
 
+DIRECT_FROM = 16 * KiB
+"""Bytes of the smallest clusters that are copied within the kernel; below, the calls cost more than that saves."""
+
 NO_DEADLINE = float("inf")
 
 Piece = tuple[int, int, int]
 """(first cluster, clusters, host offset in bytes of their data in temp, 0 = zero clusters)"""
+
+_PROBE = 64
+"""Bytes at each end of a cluster that are looked at before it is copied within the kernel."""
 
 _scratch = threading.local()
 
@@ -205,6 +211,52 @@ class BlockCopy:
         return free
 
     def _save_runs(self, runs: Sequence[Run]) -> bool:
+        """Copy them to temp and link them; False where that was none."""
+        direct, rest = self._copy_direct(runs)
+        if direct:
+            self._link(direct)
+        return (bool(rest) and self._save_through_here(rest)) or bool(direct)
+
+    def _copy_direct(self, runs: Sequence[Run]) -> tuple[list[Piece], Sequence[Run]]:
+        """Have the system copy what is sure to be data, from file to file; (what is to be linked, the runs left over).
+
+        Within the kernel a cluster of 64 KiB takes 18 us on ext4 and 26 us on tmpfs, read and written 24 and 35. The
+        bytes are in temp when that is over, so no later change of the image shows there.
+        """
+        size, temp = self.clusters.cluster_size, self.target.file
+        if size < DIRECT_FROM or not temp.takes_copies:
+            return [], runs
+        plain = [run for run in runs if self._is_plain(run)]
+        if not plain:
+            return [], runs
+        rest = [run for run in runs if run not in plain] if len(plain) < len(runs) else []
+        hosts = self.target.place(sum(end - first for first, end in plain))
+        pieces = _placed([(first, end - first, 0) for first, end in plain], hosts, size)
+        for i, (first, count, host) in enumerate(pieces):
+            if not self.source.copy_to(first * size, count * size, temp, host):
+                self.target.release([(at, clusters) for _, clusters, at in pieces[i:]])
+                rest = sorted([*rest, *((start, start + clusters) for start, clusters, _ in pieces[i:])])
+                return pieces[:i], rest
+        return pieces, rest
+
+    def _is_plain(self, run: Run) -> bool:
+        """Whether each of its clusters is in memory, by its two ends, and not all zeroes."""
+        read_cached, size = self.source.read_cached, self.clusters.cluster_size
+        with memoryview(_buffer(_PROBE))[:_PROBE] as probe:
+            try:
+                for offset in range(run[0] * size, run[1] * size, size):
+                    is_zero = True
+                    for at in (offset, offset + size - _PROBE):
+                        if not read_cached(at, probe):
+                            return False
+                        is_zero = is_zero and not any(probe)
+                    if is_zero:
+                        return False
+            except (OSError, BlockError):
+                return False
+        return True
+
+    def _save_through_here(self, runs: Sequence[Run]) -> bool:
         """Read them one behind the other into one buffer, write that to temp, link it; False where that was none."""
         size = self.clusters.cluster_size
         zero = _zero_cluster(size)
@@ -283,6 +335,11 @@ class BlockCopy:
     def _save_data(self, first: int, end: int, *, waiting: bool) -> bool:
         cluster_size = self.clusters.cluster_size
         count = end - first
+        if not waiting and end <= self.clusters.size // cluster_size:
+            pieces, _ = self._copy_direct([(first, end)])
+            if pieces:
+                self._link(pieces)
+                return True
         buffer = _buffer(count * cluster_size)
         offset = first * cluster_size
         length = min(end * cluster_size, self.clusters.size) - offset

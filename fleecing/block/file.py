@@ -76,6 +76,9 @@ class FileNode(Node):
     def read_cached(self, offset: int, buffer: memoryview) -> bool:
         return self.host.read_cached(offset, buffer)
 
+    def copy_to(self, offset: int, length: int, target: HostFile, at: int) -> bool:
+        return self.host.copy_to(offset, length, target, at)
+
     def write(self, offset: int, data: Buffer) -> None:
         self.host.write(offset, data)
 

@@ -8,8 +8,12 @@ OSError or a BlockError; a failed read may leave anything in the buffer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 from fleecing.block.extent import MAX_RUNS, Runs
+
+if TYPE_CHECKING:
+    from fleecing.block.hostfile import HostFile
 
 Buffer = bytes | bytearray | memoryview
 
@@ -27,6 +31,10 @@ class Node(ABC):
         """The same if that takes no waiting for a disk; else False, at once, and the buffer may hold anything."""
         self.read_into(offset, buffer)
         return True
+
+    def copy_to(self, offset: int, length: int, target: HostFile, at: int) -> bool:
+        """Copy the range to `at` of a file, in a way that is better than to read and to write; False: do that."""
+        return False
 
     @abstractmethod
     def write(self, offset: int, data: Buffer) -> None:

@@ -34,8 +34,14 @@ class HookedFile(FileNode):
 
     def read_cached(self, offset: int, buffer: memoryview) -> bool:
         cached = super().read_cached(offset, buffer)
-        self._step_in()
+        if len(buffer) > 64:  # less is a look at a cluster that is about to be copied
+            self._step_in()
         return cached
+
+    def copy_to(self, offset: int, length: int, target: HostFile, at: int) -> bool:
+        copied = super().copy_to(offset, length, target, at)
+        self._step_in()
+        return copied
 
     def _step_in(self) -> None:
         hook, self.after_read = self.after_read, None
@@ -55,6 +61,10 @@ class FaultyTemp(HostFile):
     def __init__(self, path: str, fd: int) -> None:
         super().__init__(path, fd)
         self.held = threading.Semaphore(0)  # one release for each write that waits
+
+    def take_copy(self, fd: int, offset: int, length: int, at: int) -> bool:
+        """With a fault to come, all is left to `write`."""
+        return self.fail is None and self.hold is None and super().take_copy(fd, offset, length, at)
 
     def write(self, offset: int, data: Buffer) -> None:
         if self.hold is not None and self.before_hold:

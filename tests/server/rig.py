@@ -77,6 +77,13 @@ class FaultyHost(HostFile):
         self._check(offset, len(buffer))
         return not self.cold and super().read_cached(offset, buffer)
 
+    def copy_to(self, offset: int, length: int, target: HostFile, at: int) -> bool:
+        try:
+            self._check(offset, length)
+        except OSError:
+            return False
+        return not self.cold and super().copy_to(offset, length, target, at)
+
     def write(self, offset: int, data: Buffer) -> None:
         self.changes.pass_through()
         self._check(offset, len(data))
