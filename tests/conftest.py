@@ -24,6 +24,31 @@ settings.load_profile("fleecing")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONGEST = (
+    "systemd/test_machine.py",
+    "scripts/soaking/test_minute.py",
+    "fleecing/test_dying_disks.py",
+    "guest/test_quiesce_guest.py",
+    "guest/test_guest.py",
+    "cli/test_chain_under_load.py",
+    "cli/test_backup_kills.py",
+    "server/test_machine.py",
+    "fleecing/test_filling_temp.py",
+    "cli/test_backup.py",
+    "fuzz/test_talk.py",
+    "control/test_logs.py",
+)
+"""The files that take longest, in tests/; they come first, or one process works on the last of them alone.
+
+pytest-xdist puts those with the most tests first where it is not told to leave the order alone (scripts/test)."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST)}
+    assert all(path.exists() for path in rank)
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
 @pytest.fixture
 def children(tmp_path: Path) -> Iterator[Children]:
     """Starts real programs beside the test, with their output in tmp_path; ends and reaps them when the test ends."""

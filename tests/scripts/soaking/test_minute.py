@@ -1,4 +1,4 @@
-"""A minute of the soak; in a file of its own, so that the suite's processes share the work well."""
+"""A minute of the soak; in a file of its own, which is one of the first (tests/conftest.py)."""
 
 from __future__ import annotations
 
