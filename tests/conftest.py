@@ -27,6 +27,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 LONGEST = (
     "systemd/test_machine.py",
     "scripts/soaking/test_minute.py",
+    "test_readme.py",
     "fleecing/test_dying_disks.py",
     "guest/test_quiesce_guest.py",
     "guest/test_guest.py",

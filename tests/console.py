@@ -193,7 +193,9 @@ class Session:
 
     def _receive(self, command: str, end: float) -> None:
         assert self._bash.stdout is not None
-        ready, _, _ = select.select([self._bash.stdout], [], [], max(0.0, end - time.monotonic()))
+        poll = select.poll()  # select() knows no descriptor above 1023
+        poll.register(self._bash.stdout, select.POLLIN)
+        ready = poll.poll(max(0.0, end - time.monotonic()) * 1000)
         data = os.read(self._bash.stdout.fileno(), 65536) if ready else b""
         if not data:
             state = "ended the shell" if ready else "does not end"
