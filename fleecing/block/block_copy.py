@@ -26,12 +26,13 @@ from fleecing.block.bitmap import bit_runs
 from fleecing.block.breakage import SOURCE_FAILED
 from fleecing.block.cluster_map import ClusterMap
 from fleecing.block.copy_figures import CopyFigures
+from fleecing.block.direct_copy import Piece, Run, copy_direct, placed
 from fleecing.block.durability import Durability
 from fleecing.block.extent import Allocation
 from fleecing.block.node import Node
 from fleecing.block.qcow2.node import TempImage
 from fleecing.errors import BlockError
-from fleecing.units import KiB, MiB, align_down, div_up
+from fleecing.units import MiB, align_down, div_up
 
 MAX_TASK = MiB
 """Bytes that one task copies at most (one cluster where that is larger); runs of holes may be longer."""
@@ -39,22 +40,9 @@ MAX_TASK = MiB
 MAX_TASKS = 16
 """Tasks of one snapshot at a time: what bounds its memory, and the threads that a hanging temp can hold."""
 
-DIRECT_FROM = 16 * KiB
-"""Bytes of the smallest clusters that are copied within the kernel; below, the calls cost more than that saves."""
-
 NO_DEADLINE = float("inf")
 
-Piece = tuple[int, int, int]
-"""(first cluster, clusters, host offset in bytes of their data in temp, 0 = zero clusters)"""
-
-_PROBE = 64
-"""Bytes at each end of a cluster that are looked at before it is copied within the kernel."""
-
 _scratch = threading.local()
-
-
-Run = tuple[int, int]
-"""Clusters [first, end)."""
 
 
 class _Task:
@@ -212,49 +200,10 @@ class BlockCopy:
 
     def _save_runs(self, runs: Sequence[Run]) -> bool:
         """Copy them to temp and link them; False where that was none."""
-        direct, rest = self._copy_direct(runs)
+        direct, rest = copy_direct(self.source, self.target, runs)
         if direct:
             self._link(direct)
         return (bool(rest) and self._save_through_here(rest)) or bool(direct)
-
-    def _copy_direct(self, runs: Sequence[Run]) -> tuple[list[Piece], Sequence[Run]]:
-        """Have the system copy what is sure to be data, from file to file; (what is to be linked, the runs left over).
-
-        Within the kernel a cluster of 64 KiB takes 18 us on ext4 and 26 us on tmpfs, read and written 24 and 35. The
-        bytes are in temp when that is over, so no later change of the image shows there.
-        """
-        size, temp = self.clusters.cluster_size, self.target.file
-        if size < DIRECT_FROM or not temp.takes_copies:
-            return [], runs
-        plain = [run for run in runs if self._is_plain(run)]
-        if not plain:
-            return [], runs
-        rest = [run for run in runs if run not in plain] if len(plain) < len(runs) else []
-        hosts = self.target.place(sum(end - first for first, end in plain))
-        pieces = _placed([(first, end - first, 0) for first, end in plain], hosts, size)
-        for i, (first, count, host) in enumerate(pieces):
-            if not self.source.copy_to(first * size, count * size, temp, host):
-                self.target.release([(at, clusters) for _, clusters, at in pieces[i:]])
-                rest = sorted([*rest, *((start, start + clusters) for start, clusters, _ in pieces[i:])])
-                return pieces[:i], rest
-        return pieces, rest
-
-    def _is_plain(self, run: Run) -> bool:
-        """Whether each of its clusters is in memory, by its two ends, and not all zeroes."""
-        read_cached, size = self.source.read_cached, self.clusters.cluster_size
-        with memoryview(_buffer(_PROBE))[:_PROBE] as probe:
-            try:
-                for offset in range(run[0] * size, run[1] * size, size):
-                    is_zero = True
-                    for at in (offset, offset + size - _PROBE):
-                        if not read_cached(at, probe):
-                            return False
-                        is_zero = is_zero and not any(probe)
-                    if is_zero:
-                        return False
-            except (OSError, BlockError):
-                return False
-        return True
 
     def _save_through_here(self, runs: Sequence[Run]) -> bool:
         """Read them one behind the other into one buffer, write that to temp, link it; False where that was none."""
@@ -283,7 +232,7 @@ class BlockCopy:
             except BaseException:
                 self.target.release(hosts)
                 raise
-        self._link(_placed(pieces, hosts, size))
+        self._link(placed(pieces, hosts, size))
         return bool(pieces)
 
     def _end_task(self, task: _Task, started: float | None, *, failed: bool = False) -> None:
@@ -336,7 +285,7 @@ class BlockCopy:
         cluster_size = self.clusters.cluster_size
         count = end - first
         if not waiting and end <= self.clusters.size // cluster_size:
-            pieces, _ = self._copy_direct([(first, end)])
+            pieces, _ = copy_direct(self.source, self.target, [(first, end)])
             if pieces:
                 self._link(pieces)
                 return True
@@ -480,24 +429,6 @@ def _of_the_source(error: OSError | BlockError) -> OSError | BlockError:
     if isinstance(error, OSError):
         return OSError(error.errno, f"{SOURCE_FAILED}{error.strerror or error}")
     return BlockError(f"{SOURCE_FAILED}{error}")
-
-
-def _placed(pieces: Sequence[Piece], hosts: Sequence[tuple[int, int]], size: int) -> list[Piece]:
-    """The pieces with the host offset in place of the one in the buffer, cut where the host's runs are; zeroes: 0."""
-    placed: list[Piece] = []
-    left = iter(hosts)
-    host = room = 0
-    for first, count, at in pieces:
-        if at < 0:
-            placed.append((first, count, 0))
-            continue
-        while count:
-            if not room:
-                host, room = next(left)
-            n = min(count, room)
-            placed.append((first, n, host))
-            first, count, host, room = first + n, count - n, host + n * size, room - n
-    return placed
 
 
 def _buffer(size: int) -> bytearray:
