@@ -231,6 +231,18 @@ def test_the_catalog_lists_disks_and_snapshots(manager: Manager) -> None:
     assert info.description.startswith("snapshot of vda, ")
 
 
+def test_no_two_snapshots_of_a_name_have_the_same_description(manager: Manager) -> None:
+    """A pull that goes on over a new connection knows by it that the snapshot is still the one it began with."""
+    descriptions = set()
+    for _ in range(5):
+        create(manager, "vda")
+        info = manager.find("vda@s")
+        assert info is not None
+        descriptions.add(info.description)
+        manager.delete("vda", "s")
+    assert len(descriptions) == 5
+
+
 @pytest.mark.parametrize("name", ["", "vdc", "vda@", "@s", "vda@s", "vda@s@s", "vdc@s"])
 def test_an_export_that_is_not_there_is_not_found(manager: Manager, name: str) -> None:
     create(manager, "vdb")
