@@ -39,7 +39,7 @@ _FILE = re.compile(r"# ([\w-]+\.\w+)")
 _FAILS = re.compile(r"^(Error|read failed|write failed):|: Failed to get ", re.MULTILINE)
 
 _VOLATILE = (
-    (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(,\d+)?"), "TIME"),
+    (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d([.,]\d+)?"), "TIME"),
     (re.compile(r"process \d+"), "process N"),
     (re.compile(r"\d\d\.\d\d sec \(.* ops/sec\)"), "RATE"),
     (re.compile(r"[\d.]+ [KMG]iB/s\b"), "RATE"),

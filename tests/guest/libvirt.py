@@ -66,7 +66,10 @@ class LibvirtGuest(Guest):
         with listener:
             listener.bind(str(self._short / "commands"))
             listener.listen(1)
-            run = ["virt-qemu-run", "--root", str(self._short / "libvirt"), str(domain)]
+            root = self._short / "libvirt"
+            (root / "etc").mkdir(parents=True)
+            (root / "etc" / "qemu.conf").write_text('stdio_handler = "file"\n')  # by default virtlogd is waited for
+            run = ["virt-qemu-run", "--root", str(root), str(domain)]
             self.qemu = Child([*(_AS_A_USER if os.geteuid() == 0 else ()), *run], folder, env={"HOME": str(folder)})
             listener.settimeout(DEADLINE)
             try:
