@@ -177,17 +177,18 @@ class SnapshotAccess(Node):
         if clusters.broken is not None or not clusters.access[first]:
             clusters.check_readable(offset, length)
         if clusters.done[first]:
-            self.read_into(
-                offset, buffer
-            )  # temp was written not long ago: it is in the page cache, or worth waiting for
-            return True
-        if not self._source.read_cached(offset, buffer):
+            try:  # temp was written not long ago: it is in the page cache, or worth waiting for
+                self.temp.read_into(offset, buffer)
+            except (OSError, BlockError) as e:
+                self._read_failed(e, offset, length)
+                raise
+        elif not self._source.read_cached(offset, buffer):
             return False
-        # The same second look as in `read_into`.
-        if clusters.done[first]:
+        elif clusters.done[first]:  # the same second look as in `read_into`
             self.copier.figures.read_again()
             self.read_into(offset, buffer)
-        elif clusters.broken is not None or not clusters.access[first]:
+            return True
+        if clusters.broken is not None or not clusters.access[first]:
             clusters.check_readable(offset, length)
         return True
 

@@ -38,12 +38,12 @@ def stages(house: House) -> Iterator[tuple[str, float]]:
     yield "count: a batch of one READ, with its latency", _smallest(_counting(Meter()))
     yield "count: what a scrape takes of a client", _smallest(_used_meter().figures, 20)
     with closing(open_disk(str(house.image))) as disk:
-        yield "serve: read 4 KiB of the image", _smallest(lambda: disk.read_into(0, view))
+        yield "serve: read 4 KiB of the image", _smallest(lambda: disk.read_cached(0, view))
         yield "serve: write 4 KiB, no snapshot", _smallest(lambda: disk.write_now(0, data))
         with _snapshot(house, disk) as frozen:
-            yield "serve: read 4 KiB of a snapshot, untouched", _smallest(lambda: frozen.read_into(0, view))
+            yield "serve: read 4 KiB of a snapshot, untouched", _smallest(lambda: frozen.read_cached(0, view))
             frozen.copier.save(0, 1)
-            yield "serve: read 4 KiB of a snapshot, copied", _smallest(lambda: frozen.read_into(0, view))
+            yield "serve: read 4 KiB of a snapshot, copied", _smallest(lambda: frozen.read_cached(0, view))
             yield "serve: write 4 KiB, its cluster saved already", _smallest(lambda: disk.write_now(0, data))
         yield "save one cluster of 64 KiB", min(_saving(house, disk, 1) for _ in range(3))
         yield "save 16 clusters of 64 KiB in one go, each", min(_saving(house, disk, 16) for _ in range(3))

@@ -230,7 +230,14 @@ class TempImage:
         within = offset & self._mask
         if within + length <= self.cluster_size:
             host = self._entries[cluster >> self._table_bits][cluster & self._table_mask]
-            self._read_run(cluster, host, within, buffer)
+            if host > ZERO_CLUSTER:  # what `_read_run` does, in line
+                file = self.file
+                done = file.read_into(host + within, buffer)
+                file.check_written()
+                if done < length:
+                    _fill_zeroes(buffer[done:])
+            else:
+                self._read_run(cluster, host, within, buffer)
             return
         end = (offset + length - 1 >> bits) + 1
         done = 0
