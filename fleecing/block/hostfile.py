@@ -6,6 +6,7 @@ the kernel works, and may be made from any thread. Tests put faults in by wrappi
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -29,6 +30,8 @@ BLKSSZGET = 0x1268
 
 # linux/fs.h
 SYNC_FILE_RANGE_WAIT_BEFORE = 1
+SYNC_FILE_RANGE_WRITE = 2
+SYNC_FILE_RANGE_WAIT_AFTER = 4
 
 # struct flock of fcntl(2): type, whence, start, length, process
 _FLOCK = struct.Struct("@hhqqi4x")
@@ -37,6 +40,7 @@ _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 # Keeps the interpreter's lock: it is over sooner than the lock is taken again. Arguments that are made once: a third
 # of the call is making them. No file has a page at that offset, so there is nothing to wait for.
 _sync_file_range = ctypes.PyDLL(None, use_errno=True).sync_file_range
@@ -208,6 +212,20 @@ class HostFile:
     def sync(self) -> None:
         """Every write that has returned is durable when this returns."""
         os.fdatasync(self.fd)
+
+    def start_write_out(self, offset: int, length: int) -> None:
+        """Ask the system to send what is written there to the disk now. That it cannot is no error: `sync` can."""
+        _libc.sync_file_range(self.fd, offset, length, SYNC_FILE_RANGE_WRITE)
+
+    def wait_for_write_out(self, offset: int, length: int) -> None:
+        """Wait until all of it has gone to the disk. Tells no errors, and takes them from this open file's `sync`."""
+        how = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER
+        _libc.sync_file_range(self.fd, offset, length, how)
+
+    def forget(self, offset: int, length: int) -> None:
+        """Have the system drop from memory what the disk has of the range, if it will."""
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def hold_byte(self, offset: int) -> None:
         """Lock one byte, shared with others who do the same, until the descriptor is closed.

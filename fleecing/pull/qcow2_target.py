@@ -33,7 +33,8 @@ from fleecing.pull.qcow2_codec import (
     touched,
 )
 from fleecing.pull.qcow2_reader import ClusterReader, read_entries
-from fleecing.pull.target import PART, Target, give_name, naming, new_part, remove_part, write_in_steps, zero_runs
+from fleecing.pull.target import PART, Target, give_name, naming, new_part, remove_part, zero_runs
+from fleecing.pull.write_behind import WriteBehind
 from fleecing.units import align_up, div_up
 
 _ENTRY: Final = layout.ENTRY_BYTES
@@ -96,6 +97,7 @@ class Qcow2Target(Target):
     def __init__(self, path: str, file: HostFile, size: int, options: Qcow2Options) -> None:
         self.path = path
         self._file = file
+        self._data = WriteBehind(file)
         self._size = align_up(size, layout.SECTOR)
         self._options = options
         self._lock = Lock()
@@ -118,7 +120,7 @@ class Qcow2Target(Target):
         try:
             target._find_what_is_there()
         except BaseException:
-            target._file.close()
+            target._close()
             raise
         return target
 
@@ -160,7 +162,7 @@ class Qcow2Target(Target):
         with self._lock:
             host = self._space.take(count)
         with naming(self._file.path):
-            write_in_steps(self._file, host, data)
+            self._data.write(host, data, waits=self.waits)
         first = host | layout.COPIED
         self._link(offset, array("Q", range(first, first + count * CLUSTER, CLUSTER)))
 
@@ -226,9 +228,11 @@ class Qcow2Target(Target):
         return b"".join(reader.read_cluster(cluster) or bytes(CLUSTER) for cluster in clusters)[:length]
 
     def sync(self) -> None:
-        if self.waits:
-            with naming(self._file.path):
+        with naming(self._file.path):
+            if self.waits:
                 self._file.sync()
+            else:
+                self._file.check_written()
 
     def finish(self) -> None:
         if self._is_resumed:
@@ -237,7 +241,7 @@ class Qcow2Target(Target):
         self.sync()
         self._put(0, header)
         self.sync()
-        self._file.close()
+        self._close()
         give_name(self.path, durably=self.waits)
 
     def _write_refcounts(self) -> bytes:
@@ -273,8 +277,12 @@ class Qcow2Target(Target):
         )
 
     def abandon(self) -> None:
-        self._file.close()
+        self._close()
         remove_part(self.path)
 
     def suspend(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self._data.close()
         self._file.close()

@@ -1,0 +1,147 @@
+"""What a copy writes comes to the disk soon and leaves the memory then; and a disk that did not take it is told of."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from fleecing.block.hostfile import HostFile
+from fleecing.pull.destination import Destination, Format
+from fleecing.pull.target import PART, Target
+from fleecing.pull.write_behind import WriteBehind
+from fleecing.units import MiB
+from tests.faulty import CAN_FAIL, Faults, faulty_folder
+from tests.images import random_bytes
+from tests.peers import run
+
+PIECE = random_bytes(MiB)
+
+needs_disk = pytest.mark.skipif(not CAN_FAIL, reason="takes root and /dev/fuse")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Faults]:
+    """A folder on an ext4 of its own, on a disk that may fail."""
+    with faulty_folder(tmp_path / "faulty", 160 * MiB) as folder:
+        yield folder
+
+
+class Recorder(HostFile):
+    """Says what the system is asked for, in MiB."""
+
+    calls: list[tuple[str, int, int]]
+
+    def start_write_out(self, offset: int, length: int) -> None:
+        self.calls.append(("start", offset // MiB, length // MiB))
+
+    def wait_for_write_out(self, offset: int, length: int) -> None:
+        self.calls.append(("wait", offset // MiB, length // MiB))
+
+    def forget(self, offset: int, length: int) -> None:
+        self.calls.append(("forget", offset // MiB, length // MiB))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    monkeypatch.setattr("fleecing.pull.write_behind.HostFile", Recorder)
+    monkeypatch.setattr(Recorder, "calls", [], raising=False)
+    return Recorder.calls
+
+
+def fill(path: Path, mebibytes: list[int], *, waits: bool) -> None:
+    file = HostFile.create(str(path))
+    behind = WriteBehind(file)
+    for at in mebibytes:
+        behind.write(at * MiB, memoryview(PIECE), waits=waits)
+    behind.close()
+    for at in mebibytes:
+        assert path.read_bytes()[at * MiB : (at + 1) * MiB] == PIECE
+    file.close()
+
+
+def test_neighbours_are_sent_to_the_disk_together(tmp_path: Path, calls: list[tuple[str, int, int]]) -> None:
+    fill(tmp_path / "f", [1, 0, 3, 2, 10, 12, 11, 20, 21], waits=True)
+    assert calls == [("start", 0, 4), ("start", 10, 3), ("start", 20, 1)]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_what_was_sent_is_waited_for_and_forgotten_four_groups_later(
+    tmp_path: Path, calls: list[tuple[str, int, int]], waits: bool
+) -> None:
+    fill(tmp_path / "f", list(range(48)), waits=waits)
+    starts = [("start", at, 8) for at in range(0, 48, 8)]
+    wait = [("wait", 0, 8)] if waits else []
+    assert calls == [*starts[:5], *wait, ("forget", 0, 8), starts[5], *(("wait", 8, 8) for _ in wait), ("forget", 8, 8)]
+
+
+def test_threads_lose_nothing_to_each_other(tmp_path: Path, calls: list[tuple[str, int, int]]) -> None:
+    file = HostFile.create(str(tmp_path / "f"))
+    behind = WriteBehind(file)
+
+    def write(first: int) -> None:
+        for at in range(first, 64, 4):
+            behind.write(at * MiB, memoryview(PIECE), waits=True)
+
+    threads = [Thread(target=write, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    behind.close()
+    file.close()
+    assert (tmp_path / "f").read_bytes() == PIECE * 64
+    started = sorted(at for what, first, count in calls if what == "start" for at in range(first, first + count))
+    assert started == list(range(64))
+
+
+def test_without_a_descriptor_for_it_the_data_are_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str, *, writable: bool = True) -> HostFile:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("fleecing.pull.write_behind.HostFile.open", refuse)
+    fill(tmp_path / "f", list(range(48)), waits=True)
+
+
+def open_target(disk: Faults, form: Format, *, waits: bool) -> tuple[Target, Path]:
+    path = disk.path / "copy"
+    return Destination(str(path), format=form, waits=waits).open(120 * MiB), path
+
+
+FORMS = pytest.mark.parametrize("form", [Format.RAW, Format.QCOW2])
+
+
+@needs_disk
+@FORMS
+def test_a_copy_takes_no_more_memory_than_what_is_on_its_way(disk: Faults, form: Format) -> None:
+    target, path = open_target(disk, form, waits=True)
+    for at in range(0, 120 * MiB, MiB):
+        target.write(at, memoryview(PIECE))
+    resident = int(run("fincore", "--bytes", "--noheadings", "--output", "RES", str(path) + PART))
+    assert 0 < resident < 48 * MiB
+    target.finish()
+
+
+@needs_disk
+@FORMS
+@pytest.mark.parametrize("waits", [True, False])
+def test_what_the_disk_has_lost_meanwhile_is_told_at_the_end(disk: Faults, form: Format, waits: bool) -> None:
+    """Whoever waits for the write-out hears of it first, and must not be the only one."""
+    target, path = open_target(disk, form, waits=waits)
+    disk.fail_writes()
+    for at in range(0, 40 * MiB, MiB):
+        target.write(at, memoryview(PIECE))
+    run("sync", "--file-system", str(disk.path), expect=None)
+    disk.heal()
+    for at in range(40 * MiB, 80 * MiB, MiB):  # the write-out of what is lost is waited for meanwhile
+        target.write(at, memoryview(PIECE))
+    with pytest.raises(OSError, match="Input/output error") as failure:
+        target.finish()
+    assert failure.value.filename == str(path) + PART
+    target.abandon()
+    assert not path.exists()
