@@ -24,7 +24,8 @@ FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
 
-# linux/fs.h: the size of a block device in bytes, and its logical sector size
+# linux/fs.h: whether a block device is read-only, its size in bytes, and its logical sector size
+BLKROGET = 0x125E
 BLKGETSIZE64 = 0x80081272
 BLKSSZGET = 0x1268
 
@@ -106,6 +107,10 @@ class HostFile:
             size: int = struct.unpack("Q", fcntl.ioctl(self.fd, BLKGETSIZE64, b"\0" * 8))[0]
             return size
         return os.fstat(self.fd).st_size
+
+    def is_read_only_device(self) -> bool:
+        """A block device that no write changes, although it could be opened for writing."""
+        return self.is_block_device and fcntl.ioctl(self.fd, BLKROGET, b"\0" * 4) != b"\0" * 4
 
     def allocated(self) -> int:
         """Bytes of disk space that the file takes (st_blocks)."""

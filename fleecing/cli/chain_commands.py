@@ -165,8 +165,13 @@ def restore(*, folder: str, target: str, at: str | None, form: str | None, compr
         index = chain.find(at)
         point = chain.points[index]
         destination.prepare()
-        with progress_bar("Restoring", point.size) as progress:
-            restore_chain(chain, index, destination.open(point.size), progress)
+        try:
+            with progress_bar("Restoring", point.size) as progress:
+                restore_chain(chain, index, destination.open(point.size), progress)
+        except BaseException:
+            if (told := destination.give_up()) is not None:
+                click.echo(told, err=True)
+            raise
     click.echo(f"Restored {point.name}, {format_size(point.size)}, to {target}", err=True)
 
 

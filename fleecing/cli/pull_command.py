@@ -276,8 +276,10 @@ def _run(
     except BaseException:
         if journal is not None:
             journal.close()
-            if journal.is_of_use:
-                click.echo(f"What there is of {destination.name} is kept; --resume goes on from there.", err=True)
+        if journal is not None and journal.is_of_use:
+            click.echo(f"What there is of {destination.name} is kept; --resume goes on from there.", err=True)
+        elif (told := destination.give_up()) is not None:
+            click.echo(told, err=True)
         raise
     return report
 

@@ -20,7 +20,7 @@ from fleecing.pull.nbd_target import NbdTarget
 from fleecing.pull.qcow2_codec import Compression
 from fleecing.pull.qcow2_target import Qcow2Options, Qcow2Target
 from fleecing.pull.stream_target import StreamTarget
-from fleecing.pull.target import PART, RawTarget, Target
+from fleecing.pull.target import PART, RawTarget, Target, remove_part
 
 JOURNAL = ".journal"
 """Behind the name of a target that is being made."""
@@ -54,6 +54,8 @@ class Destination:
         if self.is_new_file and self.journal_path is None:
             self.journal_path = self.name + JOURNAL
         self.resuming = False
+        self._target: Target | None = None
+        self._is_making = False
 
     def prepare(self) -> Journal | None:
         """The journal of this run. Raises ImageError where something stands in the way; nothing is changed then."""
@@ -112,9 +114,25 @@ class Destination:
 
     def open(self, size: int) -> Target:
         """The target for a disk of `size` bytes, as `prepare` has found it. Raises OSError and ImageError."""
-        target = self._open(size)
+        self._is_making = self.is_new_file and not self.resuming
+        try:
+            target = self._target = self._open(size)
+        except FileExistsError:
+            self._is_making = False  # somebody else's
+            raise
         target.waits = self.waits
         return target
+
+    def give_up(self) -> str | None:
+        """The work has failed, and no other run goes on with it; what is to be told of a target that was there before.
+
+        No file of this run is left: its target removes it, unless Ctrl-C came between its making and that call's end.
+        """
+        if self._is_making:
+            remove_part(self.name)
+        if self._target is not None and self._target.is_half_written:
+            return f"{self.name} is half-written: it has neither what it had before nor the whole disk"
+        return None
 
     def _open(self, size: int) -> Target:
         if self.is_stream:

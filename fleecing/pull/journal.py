@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -125,7 +124,7 @@ class Journal:
         if self._file is not None:
             self._file.close()
             if not self.is_of_use:
-                os.unlink(self.path)
+                Path(self.path).unlink(missing_ok=True)
             self._file = None
 
     def remove(self) -> None:

@@ -41,6 +41,8 @@ class NbdTarget(Target):
         self._can_zero = first.can(TransmissionFlag.SEND_WRITE_ZEROES)
         self._first = first
         self._connections = [first]
+        self._cancelled = False
+        self._lock = threading.Lock()  # of these two
         self._local = threading.local()
         shared = first.can(TransmissionFlag.CAN_MULTI_CONN)
         self._one_at_a_time: AbstractContextManager[object] = nullcontext() if shared else threading.Lock()
@@ -52,10 +54,14 @@ class NbdTarget(Target):
         connection: Connection | None = getattr(self._local, "connection", None)
         if connection is None:
             connection = self._local.connection = connect(self._uri, timeout=self._timeout)
-            self._connections.append(connection)
+            with self._lock:
+                self._connections.append(connection)
+                if self._cancelled:
+                    connection.abort()
         return connection
 
     def write(self, offset: int, data: memoryview) -> None:
+        self.is_half_written = True
         with self._one_at_a_time:
             connection = self._connection()
             for start, end, is_zero in zero_runs(data, self._unit()):
@@ -70,6 +76,7 @@ class NbdTarget(Target):
         return max(64 * 1024, self.granularity)
 
     def zero(self, offset: int, length: int) -> None:
+        self.is_half_written = True
         with self._one_at_a_time:
             self._zero(self._connection(), offset, length)
 
@@ -92,8 +99,10 @@ class NbdTarget(Target):
         return b"".join(parts)
 
     def cancel(self) -> None:
-        for connection in list(self._connections):
-            connection.abort()
+        with self._lock:
+            self._cancelled = True
+            for connection in self._connections:
+                connection.abort()
 
     def sync(self) -> None:
         """ "CAN_MULTI_CONN": a flush on one connection covers what the others have written.
@@ -106,6 +115,7 @@ class NbdTarget(Target):
 
     def finish(self) -> None:
         self.sync()
+        self.is_half_written = False
         self.abandon()
 
     def abandon(self) -> None:

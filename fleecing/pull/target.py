@@ -34,6 +34,8 @@ class Target(ABC):
     """Every byte has to come: an increment cannot go there."""
     waits: bool = True
     """`sync` and `finish` wait until the target's disk has it all; without, the loss of power may cost the copy."""
+    is_half_written: bool = False
+    """Something that was there before is written over in part."""
 
     @abstractmethod
     def write(self, offset: int, data: memoryview) -> None:
@@ -105,13 +107,15 @@ class RawTarget(Target):
     def overwrite(cls, path: str, size: int) -> RawTarget:
         """A file or device that is there; whatever it holds in its first `size` bytes is lost.
 
-        Raises OSError, and ImageError where it is too small, or a machine or a server has it open.
+        Raises OSError, and ImageError where it is too small or read-only, or a machine or a server has it open.
         """
         file = HostFile.open(path)
         try:
             length = file.length()
             if length < size:
                 raise ImageError(path, -1, f"has {length} bytes, {size} are needed")
+            if file.is_read_only_device():
+                raise ImageError(path, -1, "is read-only")
             lock_image(file)
         except BaseException:
             file.close()
@@ -120,6 +124,7 @@ class RawTarget(Target):
 
     def write(self, offset: int, data: memoryview) -> None:
         """Zeroes among the data stay holes."""
+        self.is_half_written = not self._is_new
         for start, end, is_zero in zero_runs(data):
             if is_zero:
                 self.zero(offset + start, end - start)
@@ -131,6 +136,7 @@ class RawTarget(Target):
         """Nothing to do in a new file, which is all holes; else a hole, zeroes without writing, or written zeroes."""
         if self._is_new:
             return
+        self.is_half_written = True
         with naming(self._file.path):
             if not (self._file.punch(offset, length) or self._file.zero_range(offset, length)):
                 for done in range(0, length, len(_ZEROES)):
@@ -149,6 +155,7 @@ class RawTarget(Target):
 
     def finish(self) -> None:
         self.sync()
+        self.is_half_written = False
         self._close()
         if self._is_new:
             give_name(self.path, durably=self.waits)

@@ -5,39 +5,75 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FrameType
+from typing import Self
 
 import click
 
+import fleecing
 from fleecing.cli.main import main
 from tests.peers import DEADLINE
 
 for _word in main.list_commands(click.Context(main)):  # each is imported when it is named
     main.get_command(click.Context(main), _word)
 
+_PACKAGE = str(Path(fleecing.__file__).parent)
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.crash.forked"])
 
 
-def _run(arguments: list[str], log: Connection) -> None:
+class _Lines:
+    """Counts the lines of the package that this thread runs, as its trace function. SIGINT comes at number `stop`."""
+
+    def __init__(self, stop: int) -> None:
+        self.count = 0
+        self._stop = stop
+
+    def __call__(self, frame: FrameType, event: str, _: object) -> Self | None:
+        if not frame.f_code.co_filename.startswith(_PACKAGE):
+            return None
+        if event == "line":
+            self.count += 1
+            if self.count == self._stop:
+                signal.raise_signal(signal.SIGINT)
+        return self
+
+
+def _run(arguments: list[str], log: Connection, interrupt_at: int | None) -> None:
     """In the new process: `fleecing ARGUMENTS`, with all that it says in the pipe."""
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     log.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background has it ignored
-    main(arguments, prog_name="fleecing")
+    if interrupt_at is None:
+        main(arguments, prog_name="fleecing")
+        return
+    lines = _Lines(interrupt_at)
+    sys.settrace(lines)
+    try:
+        main(arguments, prog_name="fleecing")
+    finally:
+        sys.settrace(None)
+        print(f"Lines: {lines.count}", file=sys.stderr, flush=True)
 
 
 class ForkedCommand:
-    """`fleecing ARGUMENTS` in a process of its own, which may be killed."""
+    """`fleecing ARGUMENTS` in a process of its own, which may be killed.
 
-    def __init__(self, *arguments: object) -> None:
+    `interrupt_at`: SIGINT comes when its main thread is at so many lines of the package; 0 counts them only, and the
+    last line that it says is then their number ("Lines: 1234").
+    """
+
+    def __init__(self, *arguments: object, interrupt_at: int | None = None) -> None:
         reading, writing = os.pipe()
         with Connection(writing, readable=False) as log:
-            self.process = _context.Process(target=_run, args=([*map(str, arguments)], log), daemon=True)
+            self.process = _context.Process(target=_run, args=([*map(str, arguments)], log, interrupt_at), daemon=True)
             self.process.start()
         self.said = ""
         self._more = threading.Condition()
@@ -55,6 +91,11 @@ class ForkedCommand:
         """Until it has said this."""
         with self._more:
             assert self._more.wait_for(lambda: text in self.said, DEADLINE), self.said
+
+    def interrupt(self) -> None:
+        """As Ctrl-C does."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signal.SIGINT)
 
     def kill(self) -> None:
         """kill -9, and wait until it is gone."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import threading
 from pathlib import Path
 
 import pytest
 
 from fleecing.errors import BlockError, ImageError, RequestError
+from fleecing.nbd.handshake import Agreement
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.engine import PullOptions, pull
 from fleecing.pull.nbd_target import NbdTarget
 from fleecing.pull.stream_target import WINDOW, StreamTarget
 from fleecing.units import KiB, MiB
-from tests.client.servers import activated, nbdkit
+from tests.client.servers import TIMEOUT, activated, nbdkit, scripted
 from tests.images import make_image
 
 SIZE = 48 * MiB + 333
@@ -119,6 +121,21 @@ def test_an_export_that_cannot_take_it_is_refused(
         pytest.raises(ImageError, match=problem),
     ):
         pull(uri, lambda size: NbdTarget(there, size))
+
+
+def test_a_connection_that_is_made_when_the_pull_has_failed_is_cut(tmp_path: Path) -> None:
+    """The thread that makes it would wait for an answer of this server, and the pull for the thread."""
+
+    def never(sock: socket.socket, _: Agreement) -> None:
+        while sock.recv(65536):
+            pass
+
+    with scripted(tmp_path, never, contexts=()) as there:
+        target = NbdTarget(there, SIZE, timeout=TIMEOUT)
+        target.cancel()
+        with pytest.raises(ConnectionError):
+            target.write(0, memoryview(b"1" * 512))
+        target.abandon()
 
 
 def test_an_error_of_the_other_export_ends_the_pull(tmp_path: Path, image: Path) -> None:
