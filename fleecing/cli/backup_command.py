@@ -13,7 +13,7 @@ from fleecing.cli.backup_run import Backup, BackupOptions, BackupResult
 from fleecing.cli.chain_commands import COMPRESS
 from fleecing.cli.control_client import ControlClient
 from fleecing.cli.output import print_json
-from fleecing.cli.params import NAME, TEMP_LIMIT, control_option, json_option
+from fleecing.cli.params import NAME, TEMP_LIMIT, control_option, json_option, tls_options
 from fleecing.cli.pull_command import BANDWIDTH, RECONNECT, make_options
 from fleecing.cli.pull_display import choose
 from fleecing.pull.qcow2_codec import Compression
@@ -40,6 +40,7 @@ Examples:
 @click.option("--bandwidth", type=BANDWIDTH, help="Most bytes a second, as in 50M.")
 @click.option("--temp-limit", type=TEMP_LIMIT, help="Most temp space a disk, as in 20G.")
 @click.option("--quiesce", is_flag=True, help="Freeze the guest around the instant, as the server is configured to.")
+@tls_options
 @control_option
 @json_option
 def backup(
@@ -52,6 +53,8 @@ def backup(
     bandwidth: int | None,
     temp_limit: int | None,
     quiesce: bool,
+    tls_certificates: str | None,
+    tls_hostname: str | None,
     control: str,
     as_json: bool,
 ) -> None:
@@ -73,6 +76,8 @@ def backup(
         compression=Compression[compress.upper()],
         pull=make_options(bandwidth=bandwidth, reconnect=RECONNECT),
         snapshot={"temp_limit": temp_limit, "quiesce": quiesce},
+        tls_certificates=tls_certificates,
+        tls_hostname=tls_hostname,
     )
     display = choose(lambda: None)
     with _undone_at_sigterm(), display:

@@ -49,6 +49,8 @@ class BackupOptions:
     pull: PullOptions = field(default_factory=PullOptions)
     snapshot: dict[str, Any] = field(default_factory=dict)
     """More of the request for the snapshot: temp_limit."""
+    tls_certificates: str | None = None
+    tls_hostname: str | None = None
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ class Backup:
             info = infos[disk]
             pull_point(
                 self._chains[disk],
-                NbdUri.parse(info["uris"][0]),
+                NbdUri.parse(info["uris"][0]).with_tls(self._options.tls_certificates, self._options.tls_hostname),
                 SnapshotFacts.of(info),
                 self._options.pull,
                 lambda told, disk=disk: progress(disk, told),  # type: ignore[misc]

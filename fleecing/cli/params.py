@@ -53,6 +53,18 @@ def control_option(command: Command) -> Command:
     return option(command)
 
 
+def tls_options(command: Command) -> Command:
+    """--tls-certificates DIR and --tls-hostname NAME, for the URIs that a server tells of itself."""
+    folder = "For TLS: folder with ca-cert.pem and, where the server asks for them, client-cert.pem and client-key.pem."
+    name = "For TLS: whom the server's certificate must be for; else the host that it is reached at."
+    for option in (
+        click.option("--tls-hostname", metavar="NAME", help=name),
+        click.option("--tls-certificates", metavar="DIR", help=folder),
+    ):
+        command = option(command)
+    return command
+
+
 def json_option(command: Command) -> Command:
     """--json; the command gets `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")(command)

@@ -12,7 +12,7 @@ import click
 from fleecing.cli import pull_display
 from fleecing.cli.chain_pull import SnapshotFacts, add_point, pull_point
 from fleecing.cli.on_demand import load
-from fleecing.cli.params import Checked, control_option
+from fleecing.cli.params import Checked, control_option, tls_options
 from fleecing.cli.pull_display import JsonLines
 from fleecing.control.names import snapshot_path, split_export
 from fleecing.errors import ControlError, FleecingError, sentence
@@ -89,6 +89,7 @@ Examples:
 @click.option("--no-sync", is_flag=True, help="Do not wait for TARGET's disk: a loss of power may cost the copy.")
 @click.option("--chain", is_flag=True, help="TARGET is a folder of backups; add the snapshot to it.")
 @click.option("--json", "as_json", is_flag=True, help="Tell progress and the end as lines of JSON.")
+@tls_options
 @control_option
 def pull_command(*, source: str, target: str, form: str | None, control: str, **options: Any) -> None:
     """Copy a snapshot (DISK@SNAPSHOT of the server at --control), or any export by its URI, to TARGET.
@@ -121,7 +122,7 @@ def pull_command(*, source: str, target: str, form: str | None, control: str, **
     if destination.format is Format.QCOW2 and not destination.is_new_file:
         raise click.UsageError("The format qcow2 is for new files; this TARGET is written over as it is.")
     stream = sys.stderr if destination.is_stream else sys.stdout
-    uri, temp = resolve(source, control)
+    uri, temp = resolve(source, control, options)
     lines = JsonLines(stream, temp) if options["as_json"] else None
     display = lines or pull_display.choose(temp)
     _tell(lines, target, lambda: _run(uri, destination, make_options(**options), display))
@@ -150,7 +151,7 @@ def _check_chain_options(form: str | None, options: dict[str, Any]) -> None:
 
 
 def _pull_into_chain(source: str, folder: str, control: str, options: dict[str, Any]) -> None:
-    uri, temp = resolve(source, control)
+    uri, temp = resolve(source, control, options)
     facts = _facts(source, uri, control)
     lines = JsonLines(sys.stdout, temp) if options["as_json"] else None
     display = lines or pull_display.choose(temp)
@@ -214,20 +215,23 @@ def make_options(
     )
 
 
-def resolve(source: str, control: str) -> tuple[NbdUri, pull_display.TempCall]:
+def resolve(source: str, control: str, options: dict[str, Any]) -> tuple[NbdUri, pull_display.TempCall]:
     """The URI of the source, and how to learn what temp space it takes. Raises ControlError and click's errors."""
+    tls = options["tls_certificates"], options["tls_hostname"]
     if "://" in source:
         try:
             uri = NbdUri.parse(source)
         except ValueError as e:
             raise click.BadParameter(str(e), param_hint="URI") from None
-        return uri, _temp_call(control, uri.export)
+        if any(tls) and not uri.tls:
+            raise click.UsageError("--tls-certificates and --tls-hostname go with a URI of nbds.")
+        return uri.with_tls(*tls), _temp_call(control, uri.export)
     try:
         which = split_export(source)
     except ValueError as e:
         raise click.BadParameter(str(e), param_hint="URI|DISK@SNAPSHOT") from None
     info = _ask(control, "GET", snapshot_path(which))
-    return NbdUri.parse(info["uris"][0]), _temp_call(control, source)
+    return NbdUri.parse(info["uris"][0]).with_tls(*tls), _temp_call(control, source)
 
 
 def _ask(control: str, method: str, path: str, **options: Any) -> Any:

@@ -8,7 +8,7 @@ matches: everything but letters, digits and a few harmless signs is percent-enco
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
@@ -44,6 +44,16 @@ class NbdUri:
             return _parse(text)
         except ValueError as error:
             raise ValueError(f"'{text}' is no NBD URI: {error}") from None
+
+    def with_tls(self, certificates: str | None, hostname: str | None) -> NbdUri:
+        """The same, with what it leaves open of TLS; a URI without TLS stays without."""
+        if not self.tls:
+            return self
+        return replace(
+            self,
+            tls_certificates=self.tls_certificates or certificates,
+            tls_hostname=self.tls_hostname or hostname,
+        )
 
     def __str__(self) -> str:
         scheme = ("nbds" if self.tls else "nbd") + ("+unix" if self.socket is not None else "")

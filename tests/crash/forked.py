@@ -126,11 +126,17 @@ def _config(folder: Path, images: Mapping[str, Path]) -> str:
 
 
 class ForkedServer:
-    """One process that serves an image ("vda"), or several by their names; its sockets and state are in `folder`."""
+    """One process that serves an image ("vda"), or several by their names; its sockets and state are in `folder`.
 
-    def __init__(self, folder: Path, images: Path | Mapping[str, Path], *options: str) -> None:
+    `listen`: HOST:PORT instead of the Unix socket.
+    """
+
+    def __init__(
+        self, folder: Path, images: Path | Mapping[str, Path], *options: str, listen: str | None = None
+    ) -> None:
         self.unix, self.control = folder / "n", folder / "c"  # socket paths are short
-        places = ["--unix", self.unix, "--control", self.control, "--state-dir", folder / "state"]
+        where = ["--unix", self.unix] if listen is None else ["--listen", listen]
+        places = [*where, "--control", self.control, "--state-dir", folder / "state"]
         reading, writing = os.pipe()
         with Connection(writing, readable=False) as log:
             what = [str(images), "--name", "vda"] if isinstance(images, Path) else ["--config", _config(folder, images)]
