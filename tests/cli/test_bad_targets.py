@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from fleecing.cli.control_client import ControlClient
 from fleecing.cli.main import main
+from fleecing.nbd.uri import NbdUri
 from tests.client.servers import cutting, nbdkit
 from tests.crash.forked import ForkedCommand, ForkedServer
 from tests.images import FULL, IS_ROOT, MIB, little_space, loop_device, make_image, tmpfs
@@ -170,6 +171,36 @@ def test_an_export_that_vanishes_during_a_restore_is_told(
         result = fleecing("restore", backups, uri, expect=1)
     half_written = f"{uri} is half-written: it has neither what it had before nor the whole disk"
     assert result.stderr.splitlines()[:-1] == ([half_written] if is_begun else [])
+
+
+@pytest.fixture(params=["ours", "nbdkit"])
+def too_small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[NbdUri, Path]]:
+    """An export that has a byte too few, and its image."""
+    folder = tmp_path / "there"
+    folder.mkdir()
+    image = folder / "vda.img"
+    make_image(image, SIZE - 1, seed=1)
+    if request.param == "nbdkit":
+        with nbdkit(folder, "file", str(image)) as uri:
+            yield uri, image
+    else:
+        there = ForkedServer(folder, image)
+        there.wait_ready()
+        yield NbdUri(export="vda", socket=str(there.unix)), image
+        there.stop()
+
+
+def test_an_export_that_is_too_small_is_told_and_not_written_to(
+    server: ForkedServer, backups: Path, too_small: tuple[NbdUri, Path]
+) -> None:
+    uri, image = too_small
+    before = image.read_bytes()
+    snapshot(server)
+    for words in (("restore", backups, uri), ("pull", "vda@s", uri, "--control", server.control)):
+        result = fleecing(*words, expect=1)
+        assert result.stderr == f"Error: {uri}: has {SIZE - 1} bytes, {SIZE} are needed\n"
+    assert image.read_bytes() == before
+    assert trimmed(server) == 0
 
 
 if IS_ROOT:
