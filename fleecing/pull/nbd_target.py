@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final
 
 from fleecing.client.connection import Connection
 from fleecing.client.dial import connect
-from fleecing.errors import ImageError
+from fleecing.errors import ImageError, ProtocolError, RequestError
+from fleecing.nbd.client_handshake import ExportRefused
 from fleecing.nbd.constants import TransmissionFlag
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.target import Target, zero_runs
@@ -27,14 +29,15 @@ class NbdTarget(Target):
         """Raises ImageError where it is too small or read-only, and what `connect` raises."""
         self._uri = uri
         self._timeout = timeout
-        first = connect(uri, timeout=timeout)
-        name = str(uri)
+        self._name = str(uri)
+        with _naming(self._name):
+            first = connect(uri, timeout=timeout)
         problem = "is read-only" if first.can(TransmissionFlag.READ_ONLY) else ""
         if first.size < size:
             problem = f"has {first.size} bytes, {size} are needed"
         if problem:
             first.close()
-            raise ImageError(name, -1, problem)
+            raise ImageError(self._name, -1, problem)
         self.granularity = first.minimum_block
         self._size = size
         self._most = align_down(first.maximum_payload, first.minimum_block)
@@ -62,7 +65,7 @@ class NbdTarget(Target):
 
     def write(self, offset: int, data: memoryview) -> None:
         self.is_half_written = True
-        with self._one_at_a_time:
+        with self._one_at_a_time, _naming(self._name):
             connection = self._connection()
             for start, end, is_zero in zero_runs(data, self._unit()):
                 if is_zero:
@@ -77,7 +80,7 @@ class NbdTarget(Target):
 
     def zero(self, offset: int, length: int) -> None:
         self.is_half_written = True
-        with self._one_at_a_time:
+        with self._one_at_a_time, _naming(self._name):
             self._zero(self._connection(), offset, length)
 
     def _zero(self, connection: Connection, offset: int, length: int) -> None:
@@ -90,7 +93,7 @@ class NbdTarget(Target):
                 connection.write(at, _ZEROES[:count])
 
     def read(self, offset: int, length: int) -> bytes:
-        with self._one_at_a_time:
+        with self._one_at_a_time, _naming(self._name):
             connection = self._connection()
             parts = [
                 connection.read(at, min(self._most, offset + length - at))
@@ -110,7 +113,7 @@ class NbdTarget(Target):
         The first connection is no worker's where each has its own.
         """
         if self.waits and self._first.can(TransmissionFlag.SEND_FLUSH):
-            with self._one_at_a_time:
+            with self._one_at_a_time, _naming(self._name):
                 self._first.flush()
 
     def finish(self) -> None:
@@ -122,3 +125,20 @@ class NbdTarget(Target):
         """What was written stays."""
         for connection in self._connections:
             connection.close()
+
+
+@contextmanager
+def _naming(target: str) -> Iterator[None]:
+    """Errors say that they are the target's: the source may be an export of the same name."""
+    try:
+        yield
+    except (OSError, ExportRefused, ProtocolError, RequestError) as e:
+        if target in str(e):
+            raise
+        if isinstance(e, OSError):
+            raise OSError(e.errno, e.strerror or str(e), target) from e
+        if isinstance(e, RequestError):
+            raise RequestError(e.error, f"{target}: {e}") from e
+        if isinstance(e, ExportRefused):
+            raise ExportRefused(f"{target}: {e}", e.reply) from e
+        raise ProtocolError(f"{target}: {e}") from e

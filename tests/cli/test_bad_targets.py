@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -171,6 +171,28 @@ def test_an_export_that_vanishes_during_a_restore_is_told(
         result = fleecing("restore", backups, uri, expect=1)
     half_written = f"{uri} is half-written: it has neither what it had before nor the whole disk"
     assert result.stderr.splitlines()[:-1] == ([half_written] if is_begun else [])
+
+
+@pytest.mark.parametrize("end", [ForkedServer.kill, ForkedServer.stop])
+def test_an_export_that_vanishes_during_a_pull_is_named(
+    server: ForkedServer, tmp_path: Path, end: Callable[[ForkedServer], None]
+) -> None:
+    """And not the source, which is called the same there."""
+    folder = tmp_path / "there"
+    folder.mkdir()
+    make_image(folder / "vda.img", SIZE)
+    there = ForkedServer(folder, folder / "vda.img")
+    there.wait_ready()
+    uri = NbdUri(export="vda", socket=str(there.unix))
+    snapshot(server)
+    process = ForkedCommand("pull", "vda@s", uri, "--bandwidth", "2M", "--control", server.control)
+    while process.process.is_alive() and not trimmed(server):
+        pass
+    end(there)
+    assert process.wait() == 1
+    half_written, error = process.said.splitlines()
+    assert half_written == f"{uri} is half-written: it has neither what it had before nor the whole disk"
+    assert error.startswith(f"Error: {uri}") and str(server.unix) not in error
 
 
 @pytest.fixture(params=["ours", "nbdkit"])

@@ -237,23 +237,6 @@ def test_a_snapshot_that_is_not_there_is_told_and_leaves_nothing(server: Server,
     assert not list(tmp_path.glob("copy*"))
 
 
-def test_a_target_export_that_vanishes_is_told(server: Server, tmp_path: Path, serve: Serve) -> None:
-    there = tmp_path / "there.img"
-    make_image(there, 30 * MIB)
-    other = serve(there)
-    uri = other.uri()
-    server.snapshot(name="s")
-    process = subprocess.Popen(
-        command(server, "vda@s", uri, "--bandwidth", "2M"), env=ENV, stderr=subprocess.PIPE, text=True
-    )
-    while not other.status()["clients"] and process.poll() is None:
-        pass
-    other.kill()
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "Error: " in said and "Traceback" not in said
-
-
 def test_a_sparse_disk_takes_time_by_its_data(serve: Serve, tmp_path: Path) -> None:
     """1 TiB with 64 MiB of data, there and back through qcow2; that it ends within the test's time is the point."""
     path = tmp_path / "vda.img"

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+import re
 import socket
 import threading
 from pathlib import Path
 
 import pytest
 
+from fleecing.client.connection import Connection
 from fleecing.errors import BlockError, ImageError, RequestError
+from fleecing.nbd.client_handshake import ExportRefused
+from fleecing.nbd.constants import TransmissionFlag
 from fleecing.nbd.handshake import Agreement
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.engine import PullOptions, pull
 from fleecing.pull.nbd_target import NbdTarget
 from fleecing.pull.stream_target import WINDOW, StreamTarget
 from fleecing.units import KiB, MiB
-from tests.client.servers import TIMEOUT, activated, nbdkit, scripted
+from tests.client.servers import FLAGS, TIMEOUT, activated, cutting, nbdkit, scripted
 from tests.images import make_image
 
 SIZE = 48 * MiB + 333
@@ -144,6 +149,49 @@ def test_an_error_of_the_other_export_ends_the_pull(tmp_path: Path, image: Path)
     with (
         nbdkit(tmp_path, "-r", "file", str(image)) as uri,
         nbdkit(tmp_path / "to", *failing) as there,
-        pytest.raises(RequestError),
+        pytest.raises(RequestError, match=f"^{re.escape(str(there))}: .* ENOSPC"),
     ):
         pull(uri, lambda size: NbdTarget(there, size), PullOptions(reconnect=30))
+
+
+@pytest.mark.parametrize(
+    "budgets, error",
+    [
+        ([0], ExportRefused),
+        ([1 << 30] + [0] * 9, ExportRefused),
+        ([600] * 9, ConnectionError),
+    ],
+)
+def test_whatever_happens_to_the_other_export_is_told_of_it(
+    tmp_path: Path, image: Path, budgets: list[int], error: type[Exception]
+) -> None:
+    """It hangs up on the first connection, on one that a thread makes for itself, or in the middle."""
+    (tmp_path / "to").mkdir()
+    (tmp_path / "relay").mkdir()
+    with (
+        nbdkit(tmp_path, "-r", "file", str(image)) as uri,
+        nbdkit(tmp_path / "to", "memory", "64M") as inner,
+        cutting(tmp_path / "relay", inner, budgets) as there,
+        pytest.raises(error, match=re.escape(str(there))),
+    ):
+        pull(uri, lambda size: NbdTarget(there, size), PullOptions(piece=64 * KiB, reconnect=30))
+
+
+def test_an_error_of_the_systems_is_told_with_the_other_export(tmp_path: Path) -> None:
+    """Those of the network have no name of a file."""
+
+    def never(sock: socket.socket, _: Agreement) -> None:
+        while sock.recv(65536):
+            pass
+
+    with scripted(tmp_path, never, contexts=(), flags=FLAGS & ~TransmissionFlag.CAN_MULTI_CONN) as there:
+        target = NbdTarget(there, SIZE, timeout=TIMEOUT)
+        with pytest.MonkeyPatch.context() as patched:
+
+            def unreachable(*_: object) -> None:
+                raise OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
+
+            patched.setattr(Connection, "_take", unreachable)
+            with pytest.raises(OSError, match=f"No route to host: '{re.escape(str(there))}'"):
+                target.write(0, memoryview(b"1" * 512))
+        target.abandon()
