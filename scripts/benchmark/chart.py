@@ -34,7 +34,7 @@ def svg(results: Sequence[Result], title: str) -> str:
         *_axis(height),
     ]
     for i, peer in enumerate(peers):
-        x = _LEFT + i * 105
+        x = 10 + i * 105
         parts += [_circle(x, 40, colours[peer]), _text(x + 8, 44, peer)]
     for i, result in enumerate(rows):
         parts += _row(result, _TOP + _LINE * (i + 1), colours)

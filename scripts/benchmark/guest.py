@@ -6,12 +6,13 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from fleecing.units import KiB, MiB
-from scripts.benchmark.contenders.ours import Ours
+from scripts.benchmark.contenders.ours import COMMAND, TREE, Ours
 from scripts.benchmark.house import House
 from scripts.benchmark.load import MB, Fio
 from scripts.benchmark.model import Figures, Measure, Offer
@@ -56,14 +57,17 @@ class Writer:
         return [(float(at), int(latency)) for at, latency, _ in fields]
 
 
-def during_pull(house: House, *, depth: int, rate: int = 0) -> Measure:
-    """A measure: the guest's rate and latencies while the snapshot is pulled at full speed, and the pull's speed."""
+def during_pull(house: House, *, depth: int, rate: int = 0, by_ours: bool = False) -> Measure:
+    """A measure: the guest's rate and latencies while the snapshot is pulled at full speed, and the pull's speed.
+
+    `by_ours`: by `fleecing pull`, which takes more CPU than the small client that pulls elsewhere.
+    """
 
     def measure(offer: Offer) -> Figures:
         cpu = offer.server.child.cpu()
         writer = Writer(house, offer.disk, depth=depth, rate=rate)
         try:
-            report = _pull(house, offer.snapshot, trim=True)
+            report = pull_to_nowhere(house, offer.snapshot) if by_ours else _pull(house, offer.snapshot, trim=True)
         finally:
             samples = writer.stop()
         began, ended = report["began"], report["ended"]
@@ -138,3 +142,15 @@ def _pull(house: House, uri: str, *, trim: bool, rate: float = 0.0) -> dict[str,
     mode = "--trim" if trim else "--no-trim"
     report: dict[str, float] = json.loads(run([_PYTHON, _PULL, uri, mode, f"{rate:.0f}"], house.log))
     return report
+
+
+def pull_to_nowhere(house: House, uri: str) -> dict[str, float]:
+    """The report of a `fleecing pull` with TRIM, as fast as it goes; it began when it was connected."""
+    pull = [*COMMAND, "pull", uri, "-", "--json"]
+    with Process(["bash", "-c", 'exec "$@" > /dev/null', "bash", *pull], house.log, env=TREE) as client:
+        said = json.loads(client.wait_line('"event": "(done|failed)"'))
+        ended = time.time()
+        client.wait()
+    if "error" in said:
+        raise BenchError(f"fleecing pull: {said['error']}")
+    return {"began": ended - said["seconds"], "ended": ended, "bytes": said["data"], "trimmed": said["trimmed"]}

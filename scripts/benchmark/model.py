@@ -135,7 +135,8 @@ class Snapshot(StrEnum):
 class Stage:
     """What has to be there for a row. `copied`: percent of a lasting snapshot; `tib`: size of a sparse image.
 
-    `tools`: the contenders are clients, all of one server.
+    `tools`: the contenders are clients, all of one server. `alone`: each sample has a server just started, and there is
+    no other meanwhile.
     """
 
     transport: Transport = Transport.UNIX
@@ -144,6 +145,7 @@ class Stage:
     copied: int = 0
     tib: int = 0
     tools: bool = False
+    alone: bool = False
 
 
 Measure = Callable[[Offer], Figures]
@@ -154,7 +156,8 @@ class Row:
     """One line of the comparison.
 
     `shown` are the metrics of the table; the first is in the chart, too. `awake`: low-priority spinners keep the CPUs
-    from sleeping meanwhile. `dirties`: the sample changes the disk, whose pages are made dirty beforehand.
+    from sleeping meanwhile. `dirties`: the sample changes the disk, whose pages are made dirty beforehand. `seconds`:
+    how long a sample takes, about, where that is more than the settings say.
     """
 
     name: str
@@ -167,3 +170,4 @@ class Row:
     quick: bool = False
     awake: bool = False
     dirties: bool = False
+    seconds: float = 0.0

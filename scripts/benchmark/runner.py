@@ -71,7 +71,8 @@ class Runner:
 
     def _has_time_for(self, row: Row) -> bool:
         settings = self._house.settings
-        needed = len(row.contenders) * settings.repeats * (settings.seconds + _SAMPLE_OVERHEAD)
+        seconds = max(row.seconds, settings.seconds) + _SAMPLE_OVERHEAD
+        needed = len(row.contenders) * settings.repeats * seconds
         return time.monotonic() + needed < self._deadline
 
     def _run_row(self, result: Result, give: Opener) -> None:

@@ -28,7 +28,7 @@ def open_stage(
     `failed` is told the name of a contender that could not be started, and why; it has no offer then.
     """
     image = _image(house, stage)
-    if stage.image is Image.SPARSE:  # a fresh server for each sample: its memory is what is measured
+    if stage.alone:
         yield lambda name: _alone(house, stage, image, name)
         return
     with ExitStack() as stack:
@@ -66,9 +66,12 @@ def _image(house: House, stage: Stage) -> Path:
 
 @contextmanager
 def _alone(house: House, stage: Stage, image: Path, name: str) -> Iterator[Offer]:
-    touch_memory(GiB)  # what the bitmaps of the largest disk take
+    if stage.image is Image.SPARSE:
+        touch_memory(GiB)  # what the bitmaps of the largest disk take
     with SERVE[name](house, image, stage.transport) as server:
-        yield Offer(server, server.uri)
+        fresh = stage.snapshot is Snapshot.FRESH
+        with server.snapshot() if fresh else lasting(house, stage, server) as offer:
+            yield offer
 
 
 @contextmanager

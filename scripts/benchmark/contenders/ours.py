@@ -1,11 +1,11 @@
-"""Fleecing itself, as an operator starts it."""
+"""Fleecing itself, as an operator starts it; and with a rule less, as nobody does."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from fleecing.cli.control_client import ControlClient
@@ -14,11 +14,13 @@ from scripts.benchmark.house import House
 from scripts.benchmark.model import Offer, Transport
 from scripts.benchmark.process import Process, run
 
-NAME = "ours"
+NAME, IMPARTIAL = "ours", "impartial"
 
 COMMAND = [sys.executable, "-P", "-m", "fleecing"]
 TREE = {"PYTHONPATH": str(Path(__file__).parents[3])}
 """The version measured is the one beside these scripts, whatever is installed."""
+
+_IMPARTIAL = [sys.executable, "-P", "-m", "scripts.benchmark.contenders.impartial"]
 
 
 def lacks(house: House, transport: Transport) -> str:
@@ -63,16 +65,21 @@ class Ours:
 
 
 @contextmanager
-def serve(house: House, image: Path, transport: Transport) -> Iterator[Ours]:
+def serve(house: House, image: Path, transport: Transport, program: Sequence[str] = tuple(COMMAND)) -> Iterator[Ours]:
     """Start it on this image."""
     control, folder = house.path("ctl"), house.path("state")
     listen = ["--unix", house.path("sock")] if transport is Transport.UNIX else ["--listen", "127.0.0.1:0"]
     if transport is Transport.TLS:
         listen += ["--tls", "require", "--tls-dir", certificates(house)]
-    command = [*COMMAND, "serve", image, "--name", "vda", "--control", control, "--state-dir", folder, *listen]
+    command = [*program, "serve", image, "--name", "vda", "--control", control, "--state-dir", folder, *listen]
     with Process(command, house.log, env=TREE) as child:
         child.wait_line("^Ready")
         server = Ours(child, str(control))
         if transport is Transport.TLS:
             server.uri = with_certificates(house, server.uri)
         yield server
+
+
+def serve_impartially(house: House, image: Path, transport: Transport) -> AbstractContextManager[Ours]:
+    """The same, and the guest does not go first."""
+    return serve(house, image, transport, _IMPARTIAL)

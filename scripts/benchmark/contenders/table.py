@@ -14,7 +14,7 @@ from scripts.benchmark.model import Server, Transport
 
 Serve = Callable[[House, Path, Transport], AbstractContextManager[Server]]
 
-OURS = ours.NAME
+OURS, IMPARTIAL = ours.NAME, ours.IMPARTIAL
 QSDS = (qsd.THREADS, qsd.IO_URING)
 
 SERVE: Mapping[str, Serve] = {
@@ -24,6 +24,7 @@ SERVE: Mapping[str, Serve] = {
     plain.NBDKIT: plain.serve_nbdkit,
     plain.NBDKIT_COW: lambda house, image, transport: plain.serve_nbdkit(house, image, transport, "cow"),
     plain.NBD_SERVER: plain.serve_nbd_server,
+    IMPARTIAL: ours.serve_impartially,
 }
 
 PROGRAMS: Mapping[str, str] = {
