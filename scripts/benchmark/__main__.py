@@ -31,7 +31,7 @@ from scripts.benchmark.runner import Runner
 
 QUICK = Settings(size=GiB, seconds=0.4, repeats=3, touch=GiB, writes=6000)
 MICRO = Settings(size=256 * MiB, seconds=0, repeats=1, touch=256 * MiB, writes=0)
-FULL = Settings(size=2 * GiB, seconds=0.8, repeats=3, touch=6 * GiB, writes=12000)
+FULL = Settings(size=2 * GiB, seconds=0.7, repeats=3, touch=6 * GiB, writes=12000)
 
 QUICK_MINUTES, FULL_MINUTES = 3, 30
 _LAST_WORDS = 8.0
@@ -59,7 +59,7 @@ _VERSIONS = (
 )
 @click.option("--list", "list_rows", is_flag=True, help="List the rows, and measure nothing.")
 @click.option("--repeats", type=click.IntRange(1, 99), help="Samples of each contender in each row; else 3.")
-@click.option("--seconds", type=click.FloatRange(0.1, 60), help="Length of a sample; else 0.8, or 0.4 with --quick.")
+@click.option("--seconds", type=click.FloatRange(0.1, 60), help="Length of a sample; else 0.7, or 0.4 with --quick.")
 @click.option("--minutes", type=click.FloatRange(min=0), help="Start no row that would end later; else 30 or 3.")
 @click.option("--scratch", type=click.Path(path_type=Path), help="Folder for images and temp files; else the system's.")
 @click.option(

@@ -16,7 +16,7 @@ from scripts.benchmark.house import House, touch_memory
 from scripts.benchmark.load import MB, Target, disk
 from scripts.benchmark.model import Figures, Measure, Offer, Stage
 from scripts.benchmark.process import run
-from scripts.benchmark.stages import Opener, lasting
+from scripts.benchmark.stages import Opener, image_of, lasting
 
 NBDCOPY, CONVERT = TOOLS
 
@@ -24,7 +24,8 @@ NBDCOPY, CONVERT = TOOLS
 @contextmanager
 def open_tools(house: House, stage: Stage) -> Iterator[Opener]:
     """Every contender is a client of the same server of ours."""
-    with SERVE[OURS](house, house.image, stage.transport) as server, lasting(house, stage, server) as offer:
+    image = image_of(house, stage)
+    with SERVE[OURS](house, image, stage.transport) as server, lasting(house, stage, server) as offer:
 
         def give(name: str) -> AbstractContextManager[Offer]:
             return nullcontext(replace(offer, tool=name))
@@ -32,8 +33,12 @@ def open_tools(house: House, stage: Stage) -> Iterator[Opener]:
         yield give
 
 
-def copies(house: House, form: str, source: Target = disk, *, durable: bool = False) -> Measure:
+def copies(
+    house: House, form: str, source: Target = disk, *, durable: bool = False, data: int | None = None
+) -> Measure:
     """A measure: the whole process that makes a raw or qcow2 file of the export, its start included.
+
+    `data`: bytes of the export that are data, where not all of it is.
 
     None trims, and none keeps checksums (ours would). Nor do they wait for the disk, unless `durable`: nbdcopy flushes
     when it is told to, qemu-img only in cache modes other than its default for targets, ours unless it is told not to.
@@ -42,7 +47,7 @@ def copies(house: House, form: str, source: Target = disk, *, durable: bool = Fa
     def measure(offer: Offer) -> Figures:
         target = house.path(f"copy.{form}")
         command = _commands(source(offer), target, form, durable=durable)[offer.tool]
-        size = house.settings.size
+        size = data or house.settings.size
         touch_memory(size)  # the pages of the new file: asked of the host by one contender, others would have them free
         server, client, start = offer.server.child.cpu(), _children(), time.monotonic()
         try:
@@ -51,6 +56,7 @@ def copies(house: House, form: str, source: Target = disk, *, durable: bool = Fa
         finally:
             target.unlink(missing_ok=True)
         return {
+            "seconds": seconds,
             "mb": size / MB / seconds,
             "client_gib": (_children() - client) / size * GiB,
             "cpu_gib": (offer.server.child.cpu() - server) / size * GiB,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
+import random
 import shutil
 import socket
 import sys
@@ -24,7 +25,12 @@ EXTENTS_SIZE = 1 << 40
 EXTENTS = 1_000_000
 """The image with many extents: its size, and how many extents (data and holes) it has."""
 
+SCATTERED_SIZE = 1 << 40
+SCATTERED_DATA = GiB
+"""The image whose data is scattered: its size, and the bytes of it that are data, in pieces of 64 KiB."""
+
 _PAGE = 4 * KiB
+_PIECE = 64 * KiB
 _KEEP = Path(__file__).with_name("keep.py")
 _LONGEST_SOCKET = 100
 
@@ -105,6 +111,19 @@ class House(AbstractContextManager["House"]):
                 for i in range(EXTENTS // 2):
                     os.pwrite(file.fileno(), data, i * step // _PAGE * _PAGE)
                 file.truncate(EXTENTS_SIZE)
+        return path
+
+    @property
+    def scattered_image(self) -> Path:
+        """A sparse image of 1 TiB with pieces of data all over it, no two gaps alike. In memory, like the one above."""
+        path = self.memory_folder / "scattered.img"
+        if not path.exists():
+            dice, data = random.Random(1), os.urandom(_PIECE)
+            step = SCATTERED_SIZE // (SCATTERED_DATA // _PIECE)
+            with path.open("wb") as file:
+                for start in range(0, SCATTERED_SIZE, step):
+                    os.pwrite(file.fileno(), data, start + dice.randrange(0, step, _PIECE))
+                file.truncate(SCATTERED_SIZE)
         return path
 
     def sparse_image(self, size: int) -> Path:

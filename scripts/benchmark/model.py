@@ -121,6 +121,7 @@ class Image(StrEnum):
     COLD = "disk not in memory"
     EXTENTS = "disk of 1 TiB with a million extents"
     SPARSE = "empty disk"
+    SCATTERED = "disk of 1 TiB with 1 GiB of data all over it"
 
 
 class Snapshot(StrEnum):

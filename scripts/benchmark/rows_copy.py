@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from scripts.benchmark.contenders.table import OURS
 from scripts.benchmark.copies import CONVERT, NBDCOPY, copies
-from scripts.benchmark.house import House
+from scripts.benchmark.house import SCATTERED_DATA, House
 from scripts.benchmark.load import disk, snapshot
-from scripts.benchmark.model import Row, Snapshot, Stage
+from scripts.benchmark.model import Against, Goal, Image, Row, Snapshot, Stage
 from scripts.benchmark.rows_disk import at_least
 
 SHOWN = ("mb", "client_gib", "cpu_gib")
@@ -42,3 +42,21 @@ def copy_rows(house: House) -> Iterator[Row]:
                 shown=SHOWN,
                 goals=at_least(1.0, "mb"),
             )
+    yield from _sparse(house)
+
+
+def _sparse(house: House) -> Iterator[Row]:
+    """Time by the data, not by the size."""
+    stage = Stage(image=Image.SCATTERED, snapshot=Snapshot.LASTING, tools=True)
+    goals = (Goal("seconds", 10.0, Against.NOTHING, at_most=True), Goal("seconds", 1.0, at_most=True))
+    for form, contenders, seconds in (("raw", (OURS, NBDCOPY, CONVERT), 3.0), ("qcow2", (OURS, CONVERT), 5.0)):
+        yield Row(
+            f"pull-sparse-1t-{form}",
+            f"copy of a snapshot of 1 TiB with 1 GiB of data all over it to a new {form} file, no checks, no flush",
+            stage,
+            contenders,
+            copies(house, form, snapshot, data=SCATTERED_DATA),
+            shown=("seconds", "client_gib", "cpu_gib"),
+            goals=goals,
+            seconds=seconds,
+        )

@@ -27,7 +27,7 @@ def open_stage(
 
     `failed` is told the name of a contender that could not be started, and why; it has no offer then.
     """
-    image = _image(house, stage)
+    image = image_of(house, stage)
     if stage.alone:
         yield lambda name: _alone(house, stage, image, name)
         return
@@ -52,7 +52,8 @@ def open_stage(
         yield give
 
 
-def _image(house: House, stage: Stage) -> Path:
+def image_of(house: House, stage: Stage) -> Path:
+    """The image that is served; it is made where there is none yet."""
     match stage.image:
         case Image.DISK:
             return house.image
@@ -62,6 +63,8 @@ def _image(house: House, stage: Stage) -> Path:
             return house.extents_image
         case Image.SPARSE:
             return house.sparse_image(stage.tib * TiB)
+        case Image.SCATTERED:
+            return house.scattered_image
 
 
 @contextmanager
