@@ -344,6 +344,8 @@ class BlockCopy:
 
     def _link(self, pieces: Sequence[Piece]) -> None:
         """The last step: what is still wanted becomes part of temp; the rest is given back."""
+        if len(pieces) == 1 and self._link_one(*pieces[0]):
+            return
         clusters, size = self.clusters, self.clusters.cluster_size
         unlinked = [(host, count) for _, count, host in pieces if host]
         linked: list[tuple[int, int, bool]] = []  # first, end, whether it is zeroes
@@ -380,6 +382,28 @@ class BlockCopy:
                 self.target.release(unlinked)
             if linked and self.durability is not None:
                 self._make_durable(self.durability, linked)
+
+    def _link_one(self, cluster: int, count: int, host: int) -> bool:
+        """The same of one cluster of data that is still wanted; False, and nothing done, of any other."""
+        clusters = self.clusters
+        if count != 1 or not host or self.durability is not None:
+            return False
+        is_linked = False
+        try:
+            self._take_lock()
+            try:
+                if clusters.broken is not None or not clusters.copy[cluster]:
+                    return False
+                self.target.link(cluster, host, 1)
+                is_linked = True
+                self._is_copied(cluster, cluster + 1, is_zero=False)
+            finally:
+                clusters.lock.release()
+        except BaseException:
+            if not is_linked:
+                self.target.release([(host, 1)])
+            raise
+        return True
 
     def _are_copied(self, runs: Sequence[tuple[int, int, bool]]) -> None:
         """Linked clusters count as copied, those of a durable snapshot later. Under the map's lock."""

@@ -39,6 +39,8 @@ def copy_direct(source: Node, temp: TempImage, runs: Sequence[Run]) -> tuple[lis
     rest: list[Run] = []
     for run in runs:
         (plain if _is_plain(source, run, size) else rest).append(run)
+    if not plain:
+        return [], rest
     hosts = temp.place(sum(end - first for first, end in plain))
     pieces = placed([(first, end - first, 0) for first, end in plain], hosts, size)
     done = 0

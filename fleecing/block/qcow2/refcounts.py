@@ -85,13 +85,16 @@ class Refcounts:
 
         Raises TempLimitReached before anything changes.
         """
-        self.need(count)
+        if self.used + count > self._limit:
+            raise TempLimitReached(self._limit_bytes)
         start = self._free.take(count)
         if start is not None:
             self._use(count)
             return [(start, count)]
-        runs: ClusterRuns = []
         beyond, blocks, frontier = self._beyond(count)
+        if frontier > self._capacity or self.used + count + len(blocks) > self._limit:
+            self.need(count)
+        runs: ClusterRuns = []
         while count and (frontier > self._capacity or self.used + count + len(blocks) > self._limit):
             run = self._free.take_longest(count)
             runs.append(run)
