@@ -51,7 +51,7 @@ _KINDS = [
         (rf"{COPY_FAILED}{SOURCE_FAILED}|{SOURCE_NOT_SYNCED}", Breakage.OTHER),
         (_OF_TEMP, Breakage.TEMP_ERROR),
         (r"the size of the image changed|the image was written by something else", Breakage.IMAGE_CHANGED),
-        (r"another file was put in the place of the image|a file was replaced by", Breakage.IMAGE_CHANGED),
+        (r"another (file|device) was put in the place of the image|a file was replaced by", Breakage.IMAGE_CHANGED),
     )
 ]
 

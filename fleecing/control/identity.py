@@ -8,7 +8,8 @@
     was killed               size and inode are, and it was not written later than the server lived
     went with the power      the same; the time is only known to about a minute
 
-A block device has neither inode nor modification time that would tell: of it only the size is compared.
+A block device has neither inode nor modification time that would tell: of it only the size is compared. Under another
+path than before, which is that of the configuration, it must have the same number, in the same boot.
 """
 
 from __future__ import annotations
@@ -71,9 +72,12 @@ class Keeper:
             return f"the size of the image changed from {then.size} to {now.size} bytes while it was not served"
         if then.regular != now.regular:
             return "a file was replaced by a block device, or the other way round"
-        if not now.regular:
-            return None
         same_boot = then.boot_id == now.boot_id
+        if not now.regular:
+            is_known = then.device != 0  # earlier releases did not note it
+            if is_known and then.path != now.path and (not same_boot or then.device != now.device):
+                return "another device was put in the place of the image while it was not served"
+            return None
         if (then.path == now.path or not then.clean) and (
             then.inode != now.inode or (same_boot and then.device != now.device)
         ):
@@ -123,10 +127,10 @@ class Keeper:
         status = os.fstat(self._image.host.fd)
         regular = stat.S_ISREG(status.st_mode)
         return DiskRecord(
-            path=self._image.path,
+            path=self._image.path if regular else self._image.host.path,
             size=self._image.size,
             regular=regular,
-            device=status.st_dev if regular else 0,
+            device=status.st_dev if regular else status.st_rdev,
             inode=status.st_ino if regular else 0,
             mtime_ns=status.st_mtime_ns if regular else 0,
             clean=clean,

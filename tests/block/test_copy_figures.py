@@ -191,6 +191,7 @@ def test_a_snapshot_that_is_deleted_is_not_one_that_broke(make_rig: MakeRig) -> 
         ("the image was written by something else while it was not served, the last time", Breakage.IMAGE_CHANGED),
         ("the size of the image changed from 5 to 6 bytes while it was not served", Breakage.IMAGE_CHANGED),
         ("another file was put in the place of the image while it was not served", Breakage.IMAGE_CHANGED),
+        ("another device was put in the place of the image while it was not served", Breakage.IMAGE_CHANGED),
         ("a file was replaced by a block device, or the other way round", Breakage.IMAGE_CHANGED),
         (
             "copy before a guest write failed: the image cannot be read: /a/b: has shrunk from 10 to 5 bytes since it",

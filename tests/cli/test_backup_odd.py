@@ -7,8 +7,8 @@ import json
 import os
 import random
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ from fleecing.cli.control_client import ControlClient
 from fleecing.client.dial import connect
 from fleecing.nbd.uri import NbdUri
 from tests.crash.forked import ForkedCommand, ForkedServer
-from tests.images import KIB, MIB, make_image, padded
+from tests.images import IS_ROOT, KIB, MIB, loop_device, make_image, padded
 from tests.peers import run
 
 
 @contextmanager
-def serving(folder: Path, image: Path, *options: str) -> Iterator[ForkedServer]:
-    server = ForkedServer(folder, image, *options)
+def serving(folder: Path, images: Path | Mapping[str, Path], *options: str) -> Iterator[ForkedServer]:
+    server = ForkedServer(folder, images, *options)
     server.wait_ready()
     try:
         yield server
@@ -92,6 +92,105 @@ def test_a_disk_that_has_grown_is_backed_up_in_full_and_says_why(tmp_path: Path)
         assert [point["name"] for point in checkpoints(server)] == [third["point"]]
     assert ForkedCommand("verify", backups).wait() == 0
     assert not (backups / "vda" / f"{first['point']}.qcow2").exists()
+
+
+def change(server: ForkedServer, disk: str, offset: int) -> None:
+    with connect(NbdUri(export=disk, socket=str(server.unix))) as guest:
+        guest.write(offset, random.Random(offset).randbytes(70_000))
+
+
+def test_a_disk_that_was_renamed_is_backed_up_in_full(tmp_path: Path) -> None:
+    """As another one; the old name's backups stay. Back under the old name, what it missed is no increment."""
+    images = {"vda": tmp_path / "vda.img", "vdb": tmp_path / "vdb.img"}
+    for image in images.values():
+        make_image(image, MIB)
+    backups = tmp_path / "backups"
+    with serving(tmp_path, images) as server:
+        backup(server, "vda", backups)
+        backup(server, "vda", backups)
+    before = images["vda"].read_bytes()
+    with serving(tmp_path, {"web": images["vda"], "vdb": images["vdb"]}) as server:
+        change(server, "web", 0)
+        (first,) = backup(server, "web", backups)
+        assert (first["since"], first["reason"]) == (None, None)
+        assert_restores(backups / "web", tmp_path, images["vda"].read_bytes())
+        assert_restores(backups / "vda", tmp_path, before)
+        change(server, "web", 500_000)
+        (second,) = backup(server, "web", backups)
+        assert second["since"] == first["point"]
+        for result in backup(server, "web", "vdb", backups, expect=3):
+            assert result["reason"] == "the disks' last backups are not of one instant"
+    with serving(tmp_path, images) as server:
+        (back,) = backup(server, "vda", backups, expect=3)
+        assert back["since"] is None and "the image was written by something else" in back["reason"]
+        assert_restores(backups / "vda", tmp_path, images["vda"].read_bytes())
+    assert ForkedCommand("verify", backups).wait() == 0
+
+
+def test_a_disk_that_was_renamed_with_its_folder_is_backed_up_in_full_and_says_why(tmp_path: Path) -> None:
+    image, backups = tmp_path / "vda.img", tmp_path / "backups"
+    make_image(image, MIB)
+    with serving(tmp_path, image) as server:
+        (first,) = backup(server, "vda", backups)
+    (backups / "vda").rename(backups / "web")
+    with serving(tmp_path, {"web": image}) as server:
+        change(server, "web", 0)
+        (second,) = backup(server, "web", backups, expect=3)
+        assert second["reason"] == f"disk 'web' has no checkpoint '{first['point']}'"
+        assert_restores(backups / "web", tmp_path, image.read_bytes())
+        assert [(each["disk"], each["name"]) for each in checkpoints(server)] == [("web", second["point"])]
+
+
+@pytest.mark.parametrize("end", [ForkedServer.stop, ForkedServer.kill])
+@pytest.mark.parametrize("kind", ["files", *(["devices"] if IS_ROOT else [])])
+def test_disks_that_have_swapped_names_are_backed_up_in_full_and_say_why(
+    tmp_path: Path, kind: str, end: Callable[[ForkedServer], None]
+) -> None:
+    """Both have a checkpoint of the other's last backup, which is called the same."""
+    backups = tmp_path / "backups"
+    files = [tmp_path / "a.img", tmp_path / "b.img"]
+    for number, file in enumerate(files):
+        make_image(file, MIB, seed=number)
+    results: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        one, other = (stack.enter_context(loop_device(file)) for file in files) if kind == "devices" else files
+        for names in ({"vda": one, "vdb": other}, {"vda": other, "vdb": one}):
+            server = ForkedServer(tmp_path, names)
+            server.wait_ready()
+            try:
+                for disk in names:
+                    change(server, disk, 300_000)
+                results = backup(server, "vda", "vdb", backups, expect=0 if names["vda"] == one else 3)
+            finally:
+                end(server)
+        for result in results:
+            assert result["since"] is None
+            assert "is inconsistent: " in result["reason"] and "while it was not served" in result["reason"]
+        for disk, image in names.items():
+            assert_restores(backups / disk, tmp_path, image.read_bytes())
+
+
+if IS_ROOT:
+
+    @pytest.mark.parametrize("boot, expect", [("this", 0), ("another", 3)])
+    def test_a_device_under_another_path_is_the_same_until_the_next_boot(
+        tmp_path: Path, boot: str, expect: int
+    ) -> None:
+        """Later its number may be that of another one."""
+        image, link, backups = tmp_path / "a.img", tmp_path / "link", tmp_path / "backups"
+        make_image(image, MIB)
+        with loop_device(image) as device:
+            link.symlink_to(device)
+            with serving(tmp_path, {"vda": device}) as server:
+                (first,) = backup(server, "vda", backups)
+            record = tmp_path / "state" / "vda" / "disk.json"
+            if boot == "another":
+                record.write_text(json.dumps(json.loads(record.read_text()) | {"boot_id": boot}))
+            with serving(tmp_path, {"vda": link}) as server:
+                change(server, "vda", 0)
+                (second,) = backup(server, "vda", backups, expect=expect)
+            assert second["since"] == (None if expect else first["point"])
+            assert_restores(backups / "vda", tmp_path, device.read_bytes())
 
 
 def checkpoints(server: ForkedServer) -> list[dict[str, Any]]:
