@@ -25,6 +25,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 from bitarray import bitarray
 
@@ -229,6 +230,7 @@ class CheckpointChain:
 
     def _drop(self, index: int, drain_timeout: float) -> None:
         chain = list(self.checkpoints)
+        name = chain[index].name
         tracker = chain[index].tracker
         heir = None
         if index and reasons(chain)[index - 1] is None:
@@ -255,6 +257,8 @@ class CheckpointChain:
         self._write(chain)
         if tracker is not None:
             self._remove_files(tracker)
+        else:
+            self._remove_unopened(name)
 
     # Durability.
 
@@ -303,6 +307,14 @@ class CheckpointChain:
             tracker.log.remove()
         except OSError as e:
             log.error("%s, which is not needed any more, could not be removed: %s", tracker.file.path, e)
+
+    def _remove_unopened(self, name: str) -> None:
+        """The files of an inconsistent one, as far as there are any."""
+        for path in (bitmap_path(self.folder, name), intent_path(self.folder, name)):
+            try:
+                Path(path).unlink(missing_ok=True)
+            except OSError as e:
+                log.error("%s, which is not needed any more, could not be removed: %s", path, e)
 
 
 def inherit(heir: Tracker, tracker: Tracker) -> None:

@@ -383,6 +383,7 @@ def test_bitmap_that_is_missing_makes_it_and_those_before_inconsistent(
     assert {name: disk.changed(name) for name in disk.model} == disk.model
     for name in "abcd":
         assert disk.manager.delete_checkpoint("vda", name)
+    assert [path.name for path in disk.checkpoints.iterdir()] == ["index.json"]
     assert disk.manager.disks["vda"].node.tracker is None
 
 
