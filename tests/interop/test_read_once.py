@@ -11,8 +11,10 @@ from fleecing.client.dial import connect
 from fleecing.errors import RequestError
 from fleecing.nbd.constants import READ_ONCE, CmdFlag
 from fleecing.nbd.uri import NbdUri
+from tests.console import read_blocks
 from tests.images import KIB, MIB, make_image
-from tests.serving import Serve
+from tests.peers import run
+from tests.serving import ROOT, Serve
 
 SIZE = 8 * MIB + 777
 STEP = 4 * MIB
@@ -35,6 +37,19 @@ def test_libnbd_reads_once(libnbd: ModuleType, serve: Serve, tmp_path: Path) -> 
         handle.pread(1, 0)
     handle.shutdown()
     assert server.map("vda@s") == [(0, SIZE, "trimmed")]
+
+
+def test_the_example_of_the_document_runs(serve: Serve, tmp_path: Path) -> None:
+    """As it stands there, where libnbd is installed as Debian has it."""
+    (example,) = (block for block in read_blocks((ROOT / "docs/read-once.md").read_text()) if block.info == "python")
+    assert "import nbd" in example.lines
+    before, behind = "import sys; uri = sys.argv[1]", "open(sys.argv[2], 'wb').write(data)"
+    make_image(tmp_path / "disk.img", SIZE)
+    server = serve(tmp_path / "disk.img")
+    program = "\n".join((before, *example.lines, behind))
+    run("/usr/bin/python3", "-c", program, server.snapshot(name="s"), str(tmp_path / "read"))
+    assert (tmp_path / "read").read_bytes() == (tmp_path / "disk.img").read_bytes()[: 4 * MIB]
+    assert server.map("vda@s") == [(0, 4 * MIB, "trimmed"), (4 * MIB, SIZE - 4 * MIB, "untouched")]
 
 
 def test_libnbd_without_the_context(libnbd: ModuleType, serve: Serve, tmp_path: Path) -> None:
