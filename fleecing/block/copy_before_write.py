@@ -89,6 +89,10 @@ class CopyBeforeWrite(Node):
 
     # Reads and the like pass straight through.
 
+    @property
+    def never_waits(self) -> bool:
+        return self.file.host.never_waits
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self.file.read_into(offset, buffer)
 

@@ -34,6 +34,10 @@ SYNC_FILE_RANGE_WAIT_BEFORE = 1
 SYNC_FILE_RANGE_WRITE = 2
 SYNC_FILE_RANGE_WAIT_AFTER = 4
 
+# linux/magic.h; the type is the first thing in struct statfs, a long, and the whole is below this size
+_TMPFS = 0x01021994
+_STATFS_BYTES = 256
+
 # struct flock of fcntl(2): type, whence, start, length, process
 _FLOCK = struct.Struct("@hhqqi4x")
 
@@ -59,6 +63,15 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
+def _is_in_memory(fd: int) -> bool:
+    """Whether the file is on a tmpfs, which knows no RWF_NOWAIT and needs none."""
+    status = ctypes.create_string_buffer(_STATFS_BYTES)
+    if _libc.fstatfs(fd, status):
+        return False
+    kind: int = struct.unpack_from("@l", status)[0]
+    return kind == _TMPFS
+
+
 class HostFile:
     """A regular file or block device, open for reading and, unless `writable` is off, for writing."""
 
@@ -69,6 +82,7 @@ class HostFile:
         self.is_block_device = stat.S_ISBLK(mode)
         self.sector = struct.unpack("i", fcntl.ioctl(fd, BLKSSZGET, b"\0" * 4))[0] if self.is_block_device else 1
         self._no_wait = os.RWF_NOWAIT  # 0 where the file system does not know it
+        self._in_memory = _is_in_memory(fd)
         self._taker = -1  # the same file with a position of its own, once it is needed; under the lock
         self._taker_lock = threading.Lock()
         self.takes_copies = True
@@ -126,6 +140,11 @@ class HostFile:
                 break
             done += n
         return done
+
+    @property
+    def never_waits(self) -> bool:
+        """Whether `read_cached` waits for no disk, as far as is known: the first one tells."""
+        return bool(self._no_wait) or self._in_memory
 
     def read_cached(self, offset: int, buffer: memoryview) -> bool:
         """Fill `buffer` if that takes no waiting for the disk; False where it would (or where the file ends)."""

@@ -27,6 +27,11 @@ class Node(ABC):
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the whole of `buffer` with the bytes at `offset`."""
 
+    @property
+    def never_waits(self) -> bool:
+        """Whether `read_cached` keeps its word: the answer may change from True to False with the first read."""
+        return False
+
     def read_cached(self, offset: int, buffer: memoryview) -> bool:
         """The same if that takes no waiting for a disk; else False, at once, and the buffer may hold anything."""
         self.read_into(offset, buffer)

@@ -12,6 +12,9 @@ request, and one with many in flight shares them.
 Where a quick one hangs after all, in a temp that takes no copy, a fresh thread serves the connection from the next
 request on, and the old one ends when its call comes back (`Superseded`).
 
+Short READs of one of many clients come from the poller's thread (poller.py), while this one sleeps; who of the two is
+awake has the connection's state for itself.
+
 A READ goes straight into the memory that is sent, behind the place of its header. It must be copied there: pages of the
 active image handed to the socket by reference (sendfile, splice) would show later guest writes.
 
@@ -38,6 +41,7 @@ from fleecing.server.export import MAXIMUM_PAYLOAD, Export, answer_to
 from fleecing.server.limits import LEAST_IN_FLIGHT, Limits
 from fleecing.server.meter import Meter, clock
 from fleecing.server.outbox import GATHER, LARGEST_PIECE, Outbox, TellingOutbox
+from fleecing.server.poller import Poller
 from fleecing.server.service import PlainWrite, Service
 from fleecing.server.shares import Shares
 from fleecing.server.tls import Stream, TlsSocket
@@ -63,6 +67,18 @@ MAX_COLD = 64
 MAX_WRITES = 64
 """Plain WRITEs put aside to be done together."""
 
+CALM = 16
+"""Batches of nothing but READs that took no waiting, until the poller serves the connection; more, up to MOST_CALM, for
+one that had something else for its own thread soon after."""
+
+MOST_CALM = 4096
+
+LONGEST_SHORT = 16 * KiB
+"""Bytes of a READ that the poller serves."""
+
+ROUND = 16
+"""Requests of one client that the poller serves before it looks at the next client."""
+
 _READ, _WRITE, _DISC = int(Cmd.READ), int(Cmd.WRITE), int(Cmd.DISC)
 
 
@@ -79,6 +95,7 @@ class Connection:
         *,
         budget: Budget,
         shares: Shares,
+        poller: Poller,
         on_close: Callable[[Connection], None],
         limits: Limits | None = None,
     ) -> None:
@@ -112,6 +129,12 @@ class Connection:
         self._writes: list[PlainWrite] = []  # their data lies in the buffer
         self._plain_write = int(CmdFlag.PAYLOAD_LEN) if extended else 0  # the flags of a WRITE without any
         self._wanted = 0  # bytes of the request at `_start` that is there in part, where its header is
+        self._poller = poller
+        # A TLS session has a buffer beside the socket's, which the poller would not see.
+        self._polled_sock = sock if isinstance(sock, socket.socket) and receipts is None else None
+        self._calm = 0  # batches since something else than READs that took no waiting
+        self._calm_enough = CALM
+        self._polled = 0  # batches that the poller has served since it has the connection
         self._start, self._end = 0, len(leftover)  # what is received and not served yet
         # The one that serves; replaced by the watch of the block layer's pool while it hangs.
         self._thread = threading.Thread(target=self._run, name=f"nbd {peer}", daemon=True)
@@ -153,6 +176,7 @@ class Connection:
     # The life of the thread.
 
     def _run(self) -> None:
+        self._poller.join()
         self.export.retain()
         self.export.traffic.open(self._meter)
         self._meter.received = clock()
@@ -174,7 +198,9 @@ class Connection:
         try:
             while self._serve_received():
                 self._out.send()
-                if not self._receive():
+                if self._calm >= self._calm_enough and self._is_for_the_poller():
+                    self._be_polled()
+                elif not self._receive():
                     break
             self._out.send()
         except ProtocolError as e:
@@ -219,6 +245,7 @@ class Connection:
         self._meter.sent()  # what the client did not wait for
         self.export.traffic.close(self._meter)
         self.export.release()
+        self._poller.leave()
         self._on_close(self)
 
     def _receive(self) -> bool:
@@ -245,10 +272,74 @@ class Connection:
         self._meter.received = clock()
         return received > 0
 
+    # With the poller.
+
+    def fileno(self) -> int:
+        """Of the socket, for the poller."""
+        assert self._polled_sock is not None
+        return self._polled_sock.fileno()
+
+    def _is_for_the_poller(self) -> bool:
+        return (
+            self._polled_sock is not None
+            and self._start == self._end
+            and self._poller.is_crowded
+            and self.export.node.never_waits
+            and not message_log.isEnabledFor(logging.DEBUG)
+        )
+
+    def _be_polled(self) -> None:
+        """Sleep while the poller serves what comes in."""
+        self._turns.guest_busy = False
+        self._polled = 0
+        self._poller.wait_for_more(self)
+        self._calm = 0
+        self._calm_enough = CALM if self._polled >= self._calm_enough else min(2 * self._calm_enough, MOST_CALM)
+
+    def serve_at_once(self) -> bool:
+        """In the poller's thread, while this connection's own sleeps; that one finds what is left where it looks."""
+        try:
+            return self._serve_at_once()
+        except Exception as e:  # the connection's own thread meets it again
+            log.debug("x %s of %s: %s", self.peer, self.export_name, e)
+            return False
+
+    def _serve_at_once(self) -> bool:
+        header_size, size = self._header_size, self._size
+        try:
+            received = self._sock.recv_into(self._view[: ROUND * header_size], 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        self._start, self._end = 0, received
+        if not received or message_log.isEnabledFor(logging.DEBUG):
+            return False
+        self._turns.guest_busy = True
+        self._polled += 1
+        out, view, read_cached, put_header = self._out, self._out.view, self._read_cached, self._put_header
+        meter = self._meter
+        meter.received = clock()
+        while self._end - self._start >= header_size:
+            magic, flags, command, cookie, offset, length = self._unpack(self._buffer, self._start)
+            is_short_read = command == _READ and not flags and 0 < length <= LONGEST_SHORT
+            if magic != self._magic or not is_short_read or offset + length > size:
+                return False
+            data = out.used + self._data_size
+            if not read_cached(offset, view[data : data + length]):
+                return False
+            put_header(view, out.used, cookie, offset, length)
+            out.used = data + length
+            meter.reads += 1
+            meter.bytes_read += length
+            self._start += header_size
+        is_all = self._start == self._end and out.send_at_once()
+        self._turns.guest_busy = False
+        return is_all
+
     # Cut.
 
     def _serve_received(self) -> bool:
         """Serve all whole requests that are there; False after a DISC."""
+        self._calm += 1
         goes_on = self._serve_warm()
         if self._writes:
             self._serve_writes()
@@ -262,6 +353,7 @@ class Connection:
         No request is ordered behind another that is in flight: "the server MAY process commands out of order". Where
         this thread hangs, a fresh one finds in `_writes` what is not done yet.
         """
+        self._calm = 0
         writes = self._writes
         if len(writes) > 1:
             self._service.save_ahead(writes, self._hand_over)
@@ -272,6 +364,7 @@ class Connection:
 
     def _serve_cold(self) -> None:
         """The READs whose bytes are not in memory: announced together, then read one by one."""
+        self._calm = 0
         self._out.send()  # nobody else waits for the disk
         cold, self._cold = self._cold, []
         if len(cold) > 1:
@@ -329,9 +422,11 @@ class Connection:
             elif command == _DISC:  # whatever it carries
                 return False
             elif payload := payload_length(self._mode, flags, command, length):
+                self._calm = 0
                 if not self._serve_payload(command, flags, cookie, offset, length, header_size, payload):
                     return True
             else:
+                self._calm = 0
                 self._start += header_size
                 service.serve(command, flags, cookie, offset, length)
             if out.used >= GATHER:

@@ -22,6 +22,7 @@ from fleecing.server.connection import Connection
 from fleecing.server.door import Door
 from fleecing.server.limits import Limits
 from fleecing.server.peer import Certificate, peer_of
+from fleecing.server.poller import Poller
 from fleecing.server.shares import Shares
 from fleecing.server.tls import Stream, TlsSocket
 from fleecing.units import KiB
@@ -56,6 +57,7 @@ class NbdServer:
         self._door = Door(self._limits)
         self._budget = Budget(self._limits.read_memory)
         self._shares = Shares(self._limits.all_requests_in_flight, self._limits.all_bytes_in_flight)
+        self._poller = Poller()
         self._listeners: list[socket.socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._connections: set[Connection] = set()
@@ -211,6 +213,7 @@ class NbdServer:
             handshake.leftover,
             budget=self._budget,
             shares=self._shares,
+            poller=self._poller,
             on_close=lambda connection: self._closed(loop, connection, ip),
             limits=self._limits,
         )

@@ -79,6 +79,34 @@ class Outbox:
         if self._late:
             self._send_late()
 
+    def send_at_once(self) -> bool:
+        """Send what was gathered if that takes no waiting; False where it is left to `send`. Raises OSError.
+
+        What the socket takes in part only gets a thread of its own, as a late reply does.
+        """
+        if not self._sending.acquire(blocking=False):
+            return False
+        kept = False
+        try:
+            data = self.view[: self.used]
+            try:
+                sent = self._sock.send(data, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return False
+            if sent < len(data):
+                kept = self._leave_rest(bytes(data[sent:]))
+        except OSError as e:
+            self._give_up(e)
+            raise
+        finally:
+            if not kept:
+                self._sending.release()
+        self.used = 0
+        self._meter.sent()
+        if self._late and not kept:
+            self._send_late()
+        return True
+
     def send_now(self, parts: list[bytes | memoryview]) -> None:
         """Send these without gathering, in one go as the peer sees it; what was gathered goes first."""
         self.send()
@@ -139,14 +167,18 @@ class Outbox:
             except BlockingIOError:
                 sent = 0
             if sent < len(reply):
-                rest = threading.Thread(target=self._send_rest, args=(reply[sent:],), name="late reply", daemon=True)
-                try:
-                    rest.start()
-                except RuntimeError as e:  # no thread to be had: this client is given up, the caller goes on
-                    self._sock.shutdown(socket.SHUT_RDWR)
-                    raise ConnectionError(f"the rest of a reply: {e}") from None
-                return True
+                return self._leave_rest(reply[sent:])
         return False
+
+    def _leave_rest(self, rest: bytes) -> bool:
+        """Have another thread send it, and give the lock back then: True. Raises ConnectionError."""
+        thread = threading.Thread(target=self._send_rest, args=(rest,), name="late reply", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as e:  # no thread to be had: this client is given up, the caller goes on
+            self._sock.shutdown(socket.SHUT_RDWR)
+            raise ConnectionError(f"the rest of a reply: {e}") from None
+        return True
 
     def _give_up(self, error: OSError) -> None:
         self.failed = True

@@ -141,7 +141,7 @@ class TlsSocket:
         """As `socket.sendall`."""
         self._sock.sendall(self._encrypt(data))
 
-    def send(self, data: bytes, flags: int) -> int:
+    def send(self, data: bytes | memoryview, flags: int) -> int:
         """All of a short reply, or BlockingIOError at once where the socket takes none now (`flags` MSG_DONTWAIT).
 
         What is encrypted must go out whole and in its turn, so the look comes first; a socket that is writable takes

@@ -20,6 +20,7 @@ from fleecing.server.budget import Budget
 from fleecing.server.connection import Connection
 from fleecing.server.export import MAXIMUM_PAYLOAD, Export, active_export
 from fleecing.server.limits import Limits
+from fleecing.server.poller import Poller
 from fleecing.server.shares import Shares
 from fleecing.units import KiB
 from tests.block.rig import SECONDS
@@ -163,6 +164,7 @@ class Line(Wire):
         buffer: int | None = None,
         limits: Limits | None = None,
         shares: Shares | None = None,
+        poller: Poller | None = None,
     ) -> None:
         """`leftover` came behind the handshake; `buffer`: bytes that the kernel holds of what the server sends."""
         client, server = socket.socketpair()
@@ -179,6 +181,7 @@ class Line(Wire):
             leftover,
             budget=budget or Budget(4 * MAXIMUM_PAYLOAD),
             shares=shares or Shares(Limits().all_requests_in_flight, Limits().all_bytes_in_flight),
+            poller=poller or Poller(),
             on_close=lambda _: self.closed.set(),
             limits=limits,
         )
