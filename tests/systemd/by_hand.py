@@ -1,4 +1,4 @@
-"""What takes too long for every run, in the machine with systemd: the template, and the backup service.
+"""What takes too long for every run, in the machine with systemd: the template.
 
 .venv/bin/python -m pytest tests/systemd/by_hand.py
 """
@@ -11,11 +11,8 @@ from tests.systemd.machine import INSTALL, Machine
 
 
 @pytest.mark.timeout(900)
-def test_a_server_of_the_template_and_a_backup(machine: Machine) -> None:
+def test_a_server_of_the_template(machine: Machine) -> None:
     machine.do(INSTALL)
     machine.do("systemctl enable --quiet --now fleecing.service fleecing@vdb.service")
     assert machine.do("nbdinfo --size 'nbd+unix:///vdb?socket=/run/fleecing/vdb/nbd.sock'") == "8388608\n"
-    machine.do("systemctl start fleecing-backup@vda.service")
-    assert ", full, " in machine.journal("fleecing-backup@vda.service")
-    assert machine.do("ls /var/backups/fleecing/vda | grep -c 'qcow2$'") == "1\n"
     assert machine.do("systemctl --failed --plain --no-legend") == ""

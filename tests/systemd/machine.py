@@ -32,6 +32,7 @@ SIZE = "nbdinfo --size 'nbd+unix:///vda?socket=/run/fleecing/nbd.sock'"
 INSTALL = f"""
 set -e
 bash /src/systemd/install {PROGRAM}
+busybox yes fleecing | busybox head -c 1048576 >/srv/fleecing/vda.img
 truncate -s 16M /srv/fleecing/vda.img
 truncate -s 8M /srv/fleecing/vdb.img
 chown fleecing:fleecing /srv/fleecing/*.img
@@ -78,9 +79,9 @@ class Machine:
     def journal(self, unit: str = "fleecing.service") -> str:
         return self.do(f"journalctl --no-pager -u {unit}")
 
-    def wait_for_journal(self, text: str) -> None:
-        """Until the service's journal has this text."""
-        self.do(f"until journalctl --no-pager -u fleecing.service | grep -q '{text}'; do sleep 1; done")
+    def wait_for_journal(self, text: str, unit: str = "fleecing.service") -> None:
+        """Until a unit's journal has a match of this text, a regular expression."""
+        self.do(f"until journalctl --no-pager -u {unit} | grep -q '{text}'; do sleep 1; done")
 
     def connect_after(self, command: str) -> None:
         """A client that comes when the present server is gone, and the next one not yet there, is served by that."""
