@@ -13,6 +13,7 @@ from fleecing.errors import ImageError, ProtocolError, RequestError
 from fleecing.nbd.client_handshake import ExportRefused
 from fleecing.nbd.constants import TransmissionFlag
 from fleecing.nbd.uri import NbdUri
+from fleecing.pull.connecting import connect_unless
 from fleecing.pull.target import Target, zero_runs
 from fleecing.units import GiB, MiB, align_down
 
@@ -44,7 +45,7 @@ class NbdTarget(Target):
         self._can_zero = first.can(TransmissionFlag.SEND_WRITE_ZEROES)
         self._first = first
         self._connections = [first]
-        self._cancelled = False
+        self._cancelled = threading.Event()
         self._lock = threading.Lock()  # of these two
         self._local = threading.local()
         shared = first.can(TransmissionFlag.CAN_MULTI_CONN)
@@ -56,10 +57,11 @@ class NbdTarget(Target):
             return self._first
         connection: Connection | None = getattr(self._local, "connection", None)
         if connection is None:
-            connection = self._local.connection = connect(self._uri, timeout=self._timeout)
+            connection = connect_unless(self._cancelled, lambda: connect(self._uri, timeout=self._timeout))
+            self._local.connection = connection
             with self._lock:
                 self._connections.append(connection)
-                if self._cancelled:
+                if self._cancelled.is_set():
                     connection.abort()
         return connection
 
@@ -103,7 +105,7 @@ class NbdTarget(Target):
 
     def cancel(self) -> None:
         with self._lock:
-            self._cancelled = True
+            self._cancelled.set()
             for connection in self._connections:
                 connection.abort()
 
@@ -136,7 +138,7 @@ def _naming(target: str) -> Iterator[None]:
         if target in str(e):
             raise
         if isinstance(e, OSError):
-            raise OSError(e.errno, e.strerror or str(e), target) from e
+            raise (OSError(e.errno, e.strerror, target) if e.errno else type(e)(f"{target}: {e}")) from e
         if isinstance(e, RequestError):
             raise RequestError(e.error, f"{target}: {e}") from e
         if isinstance(e, ExportRefused):

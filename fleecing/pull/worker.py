@@ -17,6 +17,7 @@ from fleecing.errors import ProtocolError, RequestError
 from fleecing.nbd.client_handshake import ExportRefused
 from fleecing.nbd.constants import Cmd, NbdError
 from fleecing.pull.any_source import AnyConnection, AnySource
+from fleecing.pull.connecting import connect_unless
 from fleecing.pull.journal import NO_CHECK
 from fleecing.pull.limiter import Bandwidth
 from fleecing.pull.plan import Piece, Plan
@@ -201,7 +202,7 @@ class Worker:
             if shared.stopped.wait(min(delay, max(0.0, deadline - time.monotonic()))):
                 raise cause
             try:
-                connection = shared.source.connect()
+                connection = connect_unless(shared.stopped, shared.source.connect)
             except ExportRefused as e:
                 if e.reply is not None:
                     raise

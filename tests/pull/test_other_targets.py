@@ -22,7 +22,7 @@ from fleecing.pull.engine import PullOptions, pull
 from fleecing.pull.nbd_target import NbdTarget
 from fleecing.pull.stream_target import WINDOW, StreamTarget
 from fleecing.units import KiB, MiB
-from tests.client.servers import FLAGS, TIMEOUT, activated, cutting, nbdkit, scripted
+from tests.client.servers import FLAGS, TIMEOUT, activated, cutting, nbdkit, scripted, served, shake_hands
 from tests.images import make_image
 
 SIZE = 48 * MiB + 333
@@ -141,6 +141,35 @@ def test_a_connection_that_is_made_when_the_pull_has_failed_is_cut(tmp_path: Pat
         with pytest.raises(ConnectionError):
             target.write(0, memoryview(b"1" * 512))
         target.abandon()
+
+
+def test_a_target_that_is_cancelled_does_not_wait_for_a_server_that_says_nothing(tmp_path: Path) -> None:
+    """A thread's own connection is taken, and not greeted."""
+    served_first, hangs, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def serve(sock: socket.socket) -> None:
+        if not served_first.is_set():
+            served_first.set()
+            shake_hands(sock, FLAGS, ())
+        else:
+            hangs.set()
+        while sock.recv(65536):
+            pass
+
+    def write() -> None:
+        with pytest.raises(ConnectionError):
+            target.write(0, memoryview(b"1" * 512))
+        ended.set()
+
+    with served(tmp_path, serve) as there:
+        target = NbdTarget(there, SIZE, timeout=3600)
+        writer = threading.Thread(target=write)
+        writer.start()
+        assert hangs.wait(TIMEOUT)
+        target.cancel()
+        assert ended.wait(TIMEOUT)
+        target.abandon()
+    writer.join(TIMEOUT)
 
 
 def test_an_error_of_the_other_export_ends_the_pull(tmp_path: Path, image: Path) -> None:

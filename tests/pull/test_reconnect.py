@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,14 +16,15 @@ import pytest
 from fleecing.errors import FleecingError
 from fleecing.nbd.client_handshake import ExportRefused
 from fleecing.nbd.uri import NbdUri
-from fleecing.pull.engine import Check, PullOptions, PullReport, pull
+from fleecing.pull.connecting import connect_unless
+from fleecing.pull.engine import Check, Progress, PullOptions, PullReport, pull
 from fleecing.pull.journal import Journal
 from fleecing.pull.limiter import Bandwidth
 from fleecing.pull.qcow2_codec import Compression
 from fleecing.pull.qcow2_target import Qcow2Options, Qcow2Target
 from fleecing.pull.target import RawTarget
 from fleecing.units import KiB, MiB
-from tests.client.servers import activated, cutting, nbd_server, nbdkit
+from tests.client.servers import FLAGS, activated, cutting, nbd_server, nbdkit, served, shake_hands, take
 from tests.images import make_sparse
 from tests.peers import Child, listen_unix, run
 from tests.serving import Serve
@@ -205,3 +207,51 @@ def test_an_export_that_is_gone_is_told_at_once(serve: Serve, tmp_path: Path, im
     with pytest.raises(FleecingError) as caught:
         pull(inner, lambda size: Deletes.create(str(tmp_path / "copy"), size), COMES_BACK)
     assert isinstance(caught.value, ExportRefused) or "deleted" in str(caught.value)
+
+
+def test_a_pull_that_is_stopped_does_not_wait_for_a_server_that_says_nothing(tmp_path: Path) -> None:
+    """It is lost, and when the pull comes back, it takes the connection and does not greet."""
+    first, hangs = threading.Semaphore(2), threading.Event()
+
+    def serve(sock: socket.socket) -> None:
+        if first.acquire(blocking=False):
+            shake_hands(sock, FLAGS, ())
+            take(sock, 1)
+            return
+        hangs.set()
+        while sock.recv(65536):
+            pass
+
+    def stop(_: Progress) -> None:
+        if hangs.is_set():
+            raise KeyboardInterrupt
+
+    options = PullOptions(connections=2, timeout=3600, reconnect=3600)
+    with served(tmp_path, serve) as uri, pytest.raises(KeyboardInterrupt):
+        pull(uri, lambda size: RawTarget.create(str(tmp_path / "copy"), size), options, progress=stop)
+    assert not list(tmp_path.glob("copy*"))
+
+
+class Late:
+    """A connection that comes too late."""
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+def test_a_connection_that_comes_when_the_pull_has_been_stopped_is_closed() -> None:
+    stopped, comes, late = threading.Event(), threading.Event(), Late()
+
+    def connect() -> Late:
+        stopped.set()
+        comes.wait()
+        return late
+
+    with pytest.raises(ConnectionError, match="the pull was stopped"):
+        connect_unless(stopped, connect)
+    assert not late.closed.is_set()
+    comes.set()
+    assert late.closed.wait(60)
