@@ -169,7 +169,7 @@ def test_a_pull_that_is_interrupted_before_it_has_anything_leaves_nothing(
 ) -> None:
     (tmp_path / "out").mkdir()
     out = tmp_path / "out" / name
-    with nbdkit(tmp_path, "-r", "--filter=delay", "memory", "1M", "rdelay=3600") as never:
+    with nbdkit(tmp_path, "-r", "--filter=delay", "pattern", "1M", "rdelay=3600") as never:
         command = ForkedCommand("pull", never, out)
         while command.process.is_alive() and not Path(f"{out}.part").exists():
             pass
