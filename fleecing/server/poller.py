@@ -116,14 +116,14 @@ class _Loop:
             raise
 
     def add(self, connection: Pollable) -> _Sleeper:
-        if self._has_failed:
-            raise RuntimeError("it has failed before")
         sleeper = _Sleeper(connection)
         self._sleepers[sleeper.fd] = sleeper
         try:
+            if self._has_failed:  # looked at behind the entry: `_run` sets it before it wakes those that it finds
+                raise RuntimeError("it has failed before")
             self._epoll.register(sleeper.fd, select.EPOLLIN)
         except BaseException:
-            del self._sleepers[sleeper.fd]
+            self._sleepers.pop(sleeper.fd, None)
             raise
         return sleeper
 
