@@ -114,7 +114,7 @@ class Destination:
 
     def open(self, size: int) -> Target:
         """The target for a disk of `size` bytes, as `prepare` has found it. Raises OSError and ImageError."""
-        self._is_making = self.is_new_file and not self.resuming
+        self._is_making = self.is_new_file and not self.resuming and not os.path.lexists(self.name + PART)
         try:
             target = self._target = self._open(size)
         except FileExistsError:

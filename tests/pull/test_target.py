@@ -122,3 +122,20 @@ def test_a_full_disk_is_told_with_the_files_name(tmp_path: Path) -> None:
         target.write(0, memoryview(b"x"))
     assert caught.value.errno == errno.ENOSPC
     target.abandon()
+
+
+def test_what_an_earlier_run_left_stays_when_the_next_one_cannot_even_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / "copy.part"
+    left.write_bytes(b"of an earlier run")
+
+    def refuse(path: str) -> HostFile:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+
+    monkeypatch.setattr(HostFile, "create", refuse)
+    destination = Destination(str(tmp_path / "copy"), format=Format.RAW)
+    with pytest.raises(OSError, match="Too many open files"):
+        destination.open(MiB)
+    assert destination.give_up() is None
+    assert left.read_bytes() == b"of an earlier run"
