@@ -200,7 +200,9 @@ class Connection:
                 self._out.send()
                 if self._calm >= self._calm_enough and self._is_for_the_poller():
                     self._be_polled()
-                elif not self._receive():
+                elif self._receive():
+                    self._calm += 1
+                else:
                     break
             self._out.send()
         except ProtocolError as e:
@@ -339,7 +341,6 @@ class Connection:
 
     def _serve_received(self) -> bool:
         """Serve all whole requests that are there; False after a DISC."""
-        self._calm += 1
         goes_on = self._serve_warm()
         if self._writes:
             self._serve_writes()

@@ -147,16 +147,13 @@ class _Loop:
         self._close()
 
     def _serve(self) -> None:
-        epoll, sleepers, stop = self._epoll, self._sleepers, self._stop
         while True:
-            for fd, _ in epoll.poll():
-                if fd == stop:
+            for fd, _ in self._epoll.poll():
+                if fd == self._stop:
                     return
-                sleeper = sleepers[fd]
-                if not sleeper.connection.serve_at_once():
-                    del sleepers[fd]
-                    epoll.unregister(fd)
-                    sleeper.wake()
+                if not self._sleepers[fd].connection.serve_at_once():  # no name for it here, which would keep it alive
+                    self._epoll.unregister(fd)
+                    self._sleepers.pop(fd).wake()
 
     def _close(self) -> None:
         self._epoll.close()

@@ -150,6 +150,15 @@ def agree(export: Export, mode: ReplyMode, contexts: Sequence[str] = ()) -> Agre
     return handshake.agreement
 
 
+def _tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        server, _ = listener.accept()
+    for sock in (client, server):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return client, server
+
+
 class Line(Wire):
     """A client in the transmission phase, with the server's connection at hand."""
 
@@ -165,9 +174,10 @@ class Line(Wire):
         limits: Limits | None = None,
         shares: Shares | None = None,
         poller: Poller | None = None,
+        tcp: bool = False,
     ) -> None:
         """`leftover` came behind the handshake; `buffer`: bytes that the kernel holds of what the server sends."""
-        client, server = socket.socketpair()
+        client, server = _tcp_pair() if tcp else socket.socketpair()
         client.settimeout(SECONDS)
         if buffer is not None:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
