@@ -195,7 +195,8 @@ class Qcow2Target(Target):
                 entries.append(compressed_entry(at, len(small)))
                 self._space.count(entries[-1])
                 at += len(small)
-        self._put(host, b"".join(packed))
+        with naming(self._file.path):
+            self._data.write(host, memoryview(b"".join(packed)), waits=self.waits)
         self._link(offset, entries)
 
     def _put(self, host: int, data: memoryview | bytes) -> None:
