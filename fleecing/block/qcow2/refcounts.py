@@ -77,7 +77,7 @@ class Refcounts:
         rest = count - self._free.total
         if rest > 0:
             _, blocks, frontier = self._beyond(rest)
-            if frontier > self._capacity or self.used + count + len(blocks) > self._limit:
+            if not self._fits(count, blocks, frontier):
                 raise TempLimitReached(self._limit_bytes)
 
     def take(self, count: int) -> ClusterRuns:
@@ -92,10 +92,10 @@ class Refcounts:
             self._use(count)
             return [(start, count)]
         beyond, blocks, frontier = self._beyond(count)
-        if frontier > self._capacity or self.used + count + len(blocks) > self._limit:
+        if not self._fits(count, blocks, frontier):
             self.need(count)
         runs: ClusterRuns = []
-        while count and (frontier > self._capacity or self.used + count + len(blocks) > self._limit):
+        while count and not self._fits(count, blocks, frontier):
             run = self._free.take_longest(count)
             runs.append(run)
             self._use(run[1])
@@ -154,6 +154,10 @@ class Refcounts:
     def _watch(self) -> None:
         if self.used >= self._high and not self._told:
             self.alarm = self._told = True
+
+    def _fits(self, count: int, blocks: list[int], frontier: int) -> bool:
+        """Whether there is room for clusters of which `_beyond` tells the rest."""
+        return frontier <= self._capacity and self.used + count + len(blocks) <= self._limit
 
     def _beyond(self, count: int) -> tuple[ClusterRuns, list[int], int]:
         """`count` clusters from the frontier on, the ranges whose blocks take their place there, the new frontier."""
