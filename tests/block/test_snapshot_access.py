@@ -96,7 +96,10 @@ def test_read_fails_when_the_snapshot_is_deleted_during_it(
         read(snapshot, offset, length)
 
 
-def test_read_from_temp_fails_when_it_is_trimmed_and_its_space_used_again(make_rig: MakeRig) -> None:
+@pytest.mark.parametrize("read, offset, length", READS)
+def test_read_from_temp_fails_when_it_is_trimmed_and_its_space_used_again(
+    make_rig: MakeRig, read: Read, offset: int, length: int
+) -> None:
     rig = make_rig(OLD)
     snapshot, temp = rig.snapshot()
     rig.disk.write(0, b"x")  # cluster 0 is in temp now
@@ -110,8 +113,30 @@ def test_read_from_temp_fails_when_it_is_trimmed_and_its_space_used_again(make_r
 
     temp.read_into = reuse_then_read  # type: ignore[method-assign]
     with pytest.raises(ClusterUnreadable, match="trimmed"):
-        snapshot.read(0, 512)
+        read(snapshot, offset, length)
     assert snapshot.read(CLUSTER, CLUSTER) == OLD[CLUSTER : 2 * CLUSTER]
+
+
+@pytest.mark.parametrize("read, offset, length", READS)
+@pytest.mark.parametrize("fails", [False, True])
+def test_read_from_temp_fails_when_the_snapshot_breaks_during_it(
+    make_rig: MakeRig, read: Read, offset: int, length: int, fails: bool
+) -> None:
+    """Whether the file gave its bytes or an error: the reader learns why, and gets none."""
+    rig = make_rig(OLD)
+    snapshot, temp = rig.snapshot()
+    rig.disk.write(0, b"x")  # cluster 0 is in temp now
+    read_into = temp.read_into
+
+    def break_then_read(offset: int, buffer: memoryview) -> int:
+        snapshot.clusters.break_("its disk is gone")
+        if fails:
+            raise OSError(5, "Input/output error")
+        return read_into(offset, buffer)
+
+    temp.read_into = break_then_read  # type: ignore[method-assign]
+    with pytest.raises(SnapshotBroken, match="its disk is gone"):
+        read(snapshot, offset, length)
 
 
 def test_block_status_never_calls_old_data_a_hole_when_the_guest_trims_meanwhile(make_rig: MakeRig) -> None:
