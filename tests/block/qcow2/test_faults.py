@@ -60,6 +60,7 @@ def _trim(first: int, count: int) -> Step:
 STEPS = [
     _copy(10, 1),
     _copy(11, 3),
+    _copy(15, 1),  # one alone, with its table there
     _zero(20, 5),
     _copy(60, 8),
     _zero(100, 200),
@@ -166,47 +167,50 @@ def test_all_writes_from_any_one_on_may_fail_until_the_host_recovers(tmp_path: P
 
 @pytest.mark.parametrize("share", [0, 0.5, 1])
 @pytest.mark.parametrize("writes", [0, 1])  # the counts, the entries
-def test_link_that_fails_is_undone_at_once(tmp_path: Path, writes: int, share: float) -> None:
+@pytest.mark.parametrize("count", [1, 20])
+def test_link_that_fails_is_undone_at_once(tmp_path: Path, writes: int, share: float, count: int) -> None:
     image, file = _new(tmp_path)
     copy(image, 0)
-    (run,) = image.place(20)
-    image.file.write(run[0], b"x" * 20 * CLUSTER)
+    (run,) = image.place(count)
+    image.file.write(run[0], b"x" * count * CLUSTER)
     file.fail_after(writes, share=share)
     with pytest.raises(OSError, match="made to fail"):
-        image.link(10, run[0], 20)
+        image.link(10, run[0], count)
     assert check(image) == {}
     image.release([run])
-    assert image.place(20) == [run]
+    assert image.place(count) == [run]
 
 
-def test_clusters_that_the_file_may_still_link_are_not_reused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1, 4])
+def test_clusters_that_the_file_may_still_link_are_not_reused(tmp_path: Path, count: int) -> None:
     image, file = _new(tmp_path, MiB)
     copy(image, 0)
-    (run,) = image.place(4)
-    image.file.write(run[0], b"x" * 4 * CLUSTER)
+    (run,) = image.place(count)
+    image.file.write(run[0], b"x" * count * CLUSTER)
     file.fail_after(1, share=0.5, lasting=True)  # the counts go up; the entries get there in part
     with pytest.raises(OSError, match="made to fail"):
-        image.link(10, run[0], 4)
+        image.link(10, run[0], count)
     file.heal()
     used = image.used_bytes
     image.release([run])
     assert image.used_bytes == used
-    assert not any(run[0] <= host < run[0] + 4 * CLUSTER for host, _ in image.place(1) + image.place(4))
+    assert not any(run[0] <= host < run[0] + count * CLUSTER for host, _ in image.place(1) + image.place(4))
     assert check(image).keys() <= {"leaks"}
 
 
-def test_doubtful_clusters_are_trusted_again_once_they_are_linked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1, 4])
+def test_doubtful_clusters_are_trusted_again_once_they_are_linked(tmp_path: Path, count: int) -> None:
     image, file = _new(tmp_path, MiB)
     copy(image, 0)
-    (run,) = image.place(4)
-    image.file.write(run[0], b"x" * 4 * CLUSTER)
+    (run,) = image.place(count)
+    image.file.write(run[0], b"x" * count * CLUSTER)
     file.fail_after(1, share=0.5, lasting=True)
     with pytest.raises(OSError, match="made to fail"):
-        image.link(10, run[0], 4)
+        image.link(10, run[0], count)
     file.heal()
-    image.link(10, run[0], 4)
-    image.release(image.unlink(10, 4))
-    assert image.place(4) == [run]
+    image.link(10, run[0], count)
+    image.release(image.unlink(10, count))
+    assert image.place(count) == [run]
     assert check(image) == {}
 
 
