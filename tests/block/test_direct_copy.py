@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from fleecing.block import hostfile
+from fleecing.block.copy_before_write import OnCbwError
 from fleecing.block.extent import ClusterState
 from fleecing.block.hostfile import HostFile
 from tests.block.rig import CLUSTER, FaultyTemp, Rig, pattern, write_together
@@ -132,6 +133,31 @@ def test_what_is_trimmed_during_the_copy_is_not_linked(make_rig: MakeRig, togeth
     assert snapshot.counts()[ClusterState.TRIMMED] == 1
     assert snapshot.counts()[ClusterState.COPIED] == int(together)
     assert snapshot.temp_used() - used <= 2 * CLUSTER  # an L2 table, and the other one
+    check(temp)
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("broken", [True, False])
+def test_what_cannot_be_linked_gives_its_space_back(make_rig: MakeRig, together: bool, broken: bool) -> None:
+    """The snapshot breaks during the copy, or temp does not take the copy's entry."""
+    rig = make_rig(OLD)
+    snapshot, temp = rig.snapshot(on_cbw_error=OnCbwError.BREAK_GUEST_WRITE)
+    rig.disk.write(0, b"x")  # makes the table
+    used = snapshot.temp_used()
+
+    def fail() -> None:
+        if broken:
+            snapshot.clusters.break_("its disk is gone")
+        else:
+            temp.fail = OSError(errno.ENOSPC, "No space left on device")
+
+    rig.file.after_read = fail
+    writes = [(3 * CLUSTER, b"x"), (5 * CLUSTER, b"y")] if together else [(3 * CLUSTER, b"x")]
+    outcomes = write_together(rig.disk, writes)
+    assert all((outcome is None) is broken for outcome in outcomes)
+    assert snapshot.clusters.counts()[ClusterState.COPIED] == 1
+    assert snapshot.temp_used() == used
+    temp.fail = None
     check(temp)
 
 
