@@ -384,7 +384,7 @@ class BlockCopy:
                 self._make_durable(self.durability, linked)
 
     def _link_one(self, cluster: int, count: int, host: int) -> bool:
-        """The same of one cluster of data that is still wanted, for 4 us less; False, and nothing done, of any other."""
+        """The same of one cluster of data that is still wanted, 4 us sooner; False, and nothing done, of any other."""
         clusters = self.clusters
         if count != 1 or not host or self.durability is not None:
             return False

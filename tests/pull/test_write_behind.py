@@ -11,6 +11,7 @@ import pytest
 
 from fleecing.block.hostfile import HostFile
 from fleecing.pull.destination import Destination, Format
+from fleecing.pull.qcow2_codec import Compression
 from fleecing.pull.target import PART, Target
 from fleecing.pull.write_behind import WriteBehind
 from fleecing.units import MiB
@@ -106,6 +107,28 @@ def test_without_a_descriptor_for_it_the_data_are_written_all_the_same(
 
     monkeypatch.setattr("fleecing.pull.write_behind.HostFile.open", refuse)
     fill(tmp_path / "f", list(range(48)), waits=True)
+
+
+@pytest.mark.parametrize("compression", list(Compression))
+def test_all_data_of_a_qcow2_file_goes_this_way(
+    tmp_path: Path, compression: Compression, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    real = WriteBehind.write
+
+    def write(self: WriteBehind, offset: int, data: memoryview, *, waits: bool) -> None:
+        written.append(len(data))
+        real(self, offset, data, waits=waits)
+
+    monkeypatch.setattr(WriteBehind, "write", write)
+    path = tmp_path / "copy.qcow2"
+    target = Destination(str(path), format=Format.QCOW2, compression=compression).open(8 * MiB)
+    can_shrink = b"".join(PIECE[at : at + MiB // 32] + b"x" * (MiB // 32) for at in range(0, MiB // 2, MiB // 32))
+    for at in range(0, 8 * MiB, MiB):
+        target.write(at, memoryview(can_shrink))
+    target.finish()
+    assert path.stat().st_size - MiB < sum(written) < path.stat().st_size
+    assert (path.stat().st_size < 6 * MiB) is (compression is not Compression.NONE)
 
 
 def open_target(disk: Faults, form: Format, *, waits: bool) -> tuple[Target, Path]:
