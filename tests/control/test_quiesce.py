@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -370,9 +372,11 @@ def test_a_command_that_hangs_is_killed_with_all_that_it_started(tmp_path: Path)
         tmp_path, f"sh -c 'echo $$ >{tmp_path}/pid; exec sleep 1000' & wait", "true", **{"hook-seconds": 3.0}
     )
     assert "took more than 3 s: killed" in house.refused()
-    pid = (tmp_path / "pid").read_text().strip()
-    state = Path(f"/proc/{pid}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX"
+    state = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
+    # The kill was sent, but a busy machine lets it die later. Where nobody reaps it, it stays as a zombie.
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        while state.read_text().rpartition(")")[2].split()[0] not in "ZX":
+            time.sleep(0.01)
     house.end()
 
 
