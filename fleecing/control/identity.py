@@ -4,7 +4,8 @@
     STATE/DISK/alive        touched every second while it is served
 
     the last server ...      the image is the same if
-    stopped cleanly          size, modification time and (under the same path) inode are as they were
+    stopped cleanly          size, modification time and inode are as they were; or it has another path and inode, as
+                             after `cp -p`, and neither the old file nor the new one is or was that of another disk
     was killed               size and inode are, and it was not written later than the server lived
     went with the power      the same; the time is only known to about a minute
 
@@ -16,8 +17,10 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 from fleecing.block.file import FileNode
 from fleecing.control.state import DiskRecord, boot_id, read_json, write_json
@@ -41,6 +44,12 @@ class Verdict:
 
     changed: str | None
     power_lost: bool
+
+
+def _is_same_file(one: DiskRecord, other: DiskRecord) -> bool:
+    """Numbers of devices are known until the next boot only."""
+    is_same_device = one.device == other.device or one.boot_id != other.boot_id
+    return one.regular and other.regular and one.inode == other.inode and is_same_device
 
 
 class Keeper:
@@ -78,11 +87,11 @@ class Keeper:
             if is_known and then.path != now.path and (not same_boot or then.device != now.device):
                 return "another device was put in the place of the image while it was not served"
             return None
-        if (then.path == now.path or not then.clean) and (
-            then.inode != now.inode or (same_boot and then.device != now.device)
-        ):
+        if (then.path == now.path or not then.clean) and not _is_same_file(then, now):
             return "another file was put in the place of the image while it was not served"
         if then.clean:
+            if not _is_same_file(then, now) and self._is_anothers(then, now):
+                return "the file of another disk was put in the place of the image while it was not served"
             return None if then.mtime_ns == now.mtime_ns else self._written(now, "while it was not served")
         try:
             alive = os.stat(self._alive).st_mtime_ns
@@ -92,6 +101,20 @@ class Keeper:
         if now.mtime_ns > alive + slack * NANO:
             return self._written(now, "after the server that had it had died")
         return None
+
+    def _is_anothers(self, *files: DiskRecord) -> bool:
+        """Whether the state knows one of these as the image of another disk, or of one that there was.
+
+        Files that were written at the same moment have the same modification time, so it tells a copy of this disk's
+        image from those of disks beside it no more.
+        """
+        for path in Path(self._record).parent.parent.glob("*/disk.json"):
+            if path != Path(self._record):
+                with suppress(OSError, ImageError):  # told where that disk is judged
+                    other = read_json(str(path), DiskRecord)
+                    if any(_is_same_file(other, file) for file in files):
+                        return True
+        return False
 
     @staticmethod
     def _written(now: DiskRecord, when: str) -> str:
