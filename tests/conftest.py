@@ -61,17 +61,23 @@ def children(tmp_path: Path) -> Iterator[Children]:
 def serve(tmp_path: Path) -> Iterator[Serve]:
     """Starts the real server: `serve(image, *options)`, or `serve({"vda": image, "vdb": other})`.
 
+    Its process is forked, for its time (tests/forking.py), unless `wrapper` or `forked` says otherwise.
     Each one ends with the test, which fails where one does not end well (see Server.stop).
     """
     with ExitStack() as stack:
         started = 0
 
         def start(
-            images: Path | Mapping[str, Path], *options: str, wrapper: Sequence[str] = (), config: str = ""
+            images: Path | Mapping[str, Path],
+            *options: str,
+            wrapper: Sequence[str] = (),
+            config: str = "",
+            forked: bool = True,
         ) -> Server:
             nonlocal started
             started += 1
-            server = Server(tmp_path / f"server{started}", images, *options, wrapper=wrapper, config=config)
+            folder = tmp_path / f"server{started}"
+            server = Server(folder, images, *options, wrapper=wrapper, config=config, forked=forked and not wrapper)
             stack.callback(server.stop)
             return server
 

@@ -33,6 +33,8 @@ from typing import Self
 
 import pytest
 
+from tests.forking import ForkedProgram
+
 # Seconds. No test asserts a time: whoever waits this long hangs.
 DEADLINE = 60.0
 
@@ -189,10 +191,15 @@ class Child:
         env: Mapping[str, str] | None = None,
         activate: socket.socket | None = None,
         pass_fds: Sequence[int] = (),
+        forked: bool = False,
     ) -> None:
-        """Start `command`. `env` adds to the environment; `activate` is passed on as systemd would, and closed here."""
+        """Start `command`. `env` adds to the environment; `activate` is passed on as systemd would, and closed here.
+
+        `forked`: the command is `fleecing ...`, and its process is forked from one that has everything imported.
+        """
         program, *arguments = command
-        argv = [program if "/" in program else require(program), *arguments]
+        everything = {**os.environ, **(env or {})}
+        argv = [program if forked or "/" in program else require(program), *arguments]
         self.name = name or Path(program).name
         self.out_path = folder / f"{self.name}.out"
         self.err_path = folder / f"{self.name}.err"
@@ -204,14 +211,18 @@ class Child:
             script = f'export LISTEN_FDS=1 LISTEN_PID=$$; exec "$@" 3<&{activate.fileno()}'
             argv = [require("bash"), "-c", script, "bash", *argv]
         with self.out_path.open("wb") as out:
-            self._process = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.PIPE,
-                env={**os.environ, **(env or {})},
-                pass_fds=fds,
-            )
+            self._process: subprocess.Popen[bytes] | ForkedProgram
+            if forked:
+                self._process = ForkedProgram(arguments, out, everything)
+            else:
+                self._process = subprocess.Popen(
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.PIPE,
+                    env=everything,
+                    pass_fds=fds,
+                )
         if activate is not None:
             activate.close()
         self._lines: list[str] = []

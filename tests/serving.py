@@ -1,4 +1,4 @@
-"""The real server, started as an operator starts it, and driven through its control socket.
+"""The real server, a process with an operator's options, driven through its control socket.
 
     server = serve(image)                           # the fixture `serve`; the disk is "vda", on Unix and TCP
     uri = server.snapshot(name="monday")            # nbd+unix:///vda@monday?socket=...
@@ -34,6 +34,8 @@ class Server:
     FOLDER gets the sockets, the state and the log; one server a folder. `options` go to the command line as they are.
     `wrapper` is a program that runs the server, for instance prlimit; `config` is what its configuration holds besides
     several disks, and can be changed (`configure`). `start` it again after `stop` or `kill`.
+
+    `forked`: by tests/forking.py, which has no wrapper; otherwise by the interpreter, as an operator starts it.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Server:
         *options: str,
         wrapper: Sequence[str] = (),
         config: str = "",
+        forked: bool = False,
     ) -> None:
         folder.mkdir(exist_ok=True)
         self.unix = folder / "nbd.sock"
@@ -55,7 +58,9 @@ class Server:
         places = ["--unix", str(self.unix), "--listen", "127.0.0.1:0", "--control", str(self.control_path)]
         places += ["--state-dir", str(self.state_dir)]
         self._folder = folder
-        self._command = [*wrapper, sys.executable, "-m", "fleecing", "serve", *what, *places, *options]
+        start = ["fleecing"] if forked else [*wrapper, sys.executable, "-m", "fleecing"]
+        self._command = [*start, "serve", *what, *places, *options]
+        self._forked = forked
         self._starts = 0
         self.control = ControlClient(str(self.control_path), timeout=DEADLINE)
         self.start()
@@ -64,7 +69,8 @@ class Server:
         """Start it, again or for the first time; returns when it serves. `options` are for this time only."""
         self._starts += 1
         name = "fleecing" if self._starts == 1 else f"fleecing-{self._starts}"
-        self.child = Child([*self._command, *options], self._folder, name=name, env={"PYTHONPATH": str(ROOT)})
+        command = [*self._command, *options]
+        self.child = Child(command, self._folder, name=name, env={"PYTHONPATH": str(ROOT)}, forked=self._forked)
         self._stopped = False
         try:
             self.port = int(self.child.wait_for_line(r"NBD on tcp:127\.0\.0\.1:(\d+)").group(1))

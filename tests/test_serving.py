@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tests.peers import run
 from tests.serving import Serve, Server
 
 Failed = pytest.fail.Exception
+BOTH = pytest.mark.parametrize("forked", [False, True], ids=["by the interpreter", "forked"])
 
 
 @pytest.fixture
@@ -20,8 +22,9 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_snapshot_is_made_read_shown_and_deleted(serve: Serve, image: Path) -> None:
-    server = serve(image)
+@BOTH
+def test_a_snapshot_is_made_read_shown_and_deleted(serve: Serve, image: Path, forked: bool) -> None:
+    server = serve(image, forked=forked)
     assert run("nbdinfo", "--size", server.snapshot(name="monday")) == f"{1 << 20}\n"
     assert server.show("vda@monday")["state"] == "ready"
     assert server.map("vda@monday") == [(0, 1 << 20, "untouched")]
@@ -45,13 +48,30 @@ def test_several_disks_are_frozen_at_once(serve: Serve, image: Path, tmp_path: P
     assert [one["export"] for one in made] == ["vda@s", "vdb@s"]
 
 
-def test_a_server_that_cannot_start_fails_the_test_with_what_it_said(tmp_path: Path) -> None:
+@BOTH
+def test_a_server_that_cannot_start_fails_the_test_with_what_it_said(tmp_path: Path, forked: bool) -> None:
     with pytest.raises(Failed, match="No such file"):
-        Server(tmp_path / "server", tmp_path / "nowhere.raw")
+        Server(tmp_path / "server", tmp_path / "nowhere.raw", forked=forked)
 
 
-def test_a_stop_ends_the_server_and_can_be_repeated(serve: Serve, image: Path) -> None:
-    server = serve(image)
+@BOTH
+def test_it_is_started_with_what_is_the_tests_own(
+    serve: Serve, image: Path, monkeypatch: pytest.MonkeyPatch, forked: bool
+) -> None:
+    monkeypatch.chdir(image.parent)
+    monkeypatch.setenv("FLEECING_TEST", "yes")
+    server = serve(Path(image.name), forked=forked)
+    process = Path("/proc", str(server.child.pid))
+    assert (process / "cwd").readlink() == image.parent
+    assert (process / "fd" / "0").readlink() == Path("/dev/null")
+    assert (process / "fd" / "1").readlink() == server.child.out_path
+    assert "Ready" in server.log
+    assert os.getpgid(server.child.pid) == os.getpgid(0)
+
+
+@BOTH
+def test_a_stop_ends_the_server_and_can_be_repeated(serve: Serve, image: Path, forked: bool) -> None:
+    server = serve(image, forked=forked)
     server.stop()
     server.stop()
     assert server.child.returncode == 0
@@ -59,7 +79,8 @@ def test_a_stop_ends_the_server_and_can_be_repeated(serve: Serve, image: Path) -
         server.status()
 
 
-def test_a_server_that_was_killed_fails_no_test(serve: Serve, image: Path) -> None:
-    server = serve(image)
+@BOTH
+def test_a_server_that_was_killed_fails_no_test(serve: Serve, image: Path, forked: bool) -> None:
+    server = serve(image, forked=forked)
     server.kill()
     server.stop()

@@ -23,8 +23,9 @@ TIMEOUT = 20.0
 def activated(folder: Path, *command: str) -> Iterator[NbdUri]:
     """A server that takes its listening socket by socket activation, as nbdkit and qemu-nbd do."""
     path = folder / "peer.sock"
-    with Child(command, folder, activate=listen_unix(path)):
+    with Child(command, folder, activate=listen_unix(path)) as child:
         yield NbdUri(socket=str(path))
+        child.stop(deadline=3)  # qemu-nbd sometimes waits for ever for a client that has left in its handshake
 
 
 def nbdkit(folder: Path, *arguments: str) -> AbstractContextManager[NbdUri]:

@@ -44,12 +44,10 @@ class Disk:
         self.manager.close()
 
     def kill(self) -> None:
-        """Leave all files as they are; only the locks go, as they do with a process."""
-        disk = self.manager.disks["vda"]
+        """Leave all files as they are; only descriptors and locks go, as they do with a process."""
         for ticker in self.manager._tickers:
             ticker.close()
-        disk.node.close()
-        disk.folder.close()
+        self.manager.disks["vda"].close()
 
     def lose_power(self, durable: dict[str, bytes]) -> None:
         """Kill it; of the bit files there is what was `durable`, by path, or nothing but zeroes."""

@@ -1,8 +1,7 @@
-"""Real processes that start in a few milliseconds: forked from a process that has everything imported."""
+"""Servers and commands in forked processes (tests/forking.py) that may be killed at any moment."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -13,19 +12,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Self
 
-import click
-
 import fleecing
 from fleecing.cli.main import main
+from tests.forking import context
 from tests.peers import DEADLINE
 
-for _word in main.list_commands(click.Context(main)):  # each is imported when it is named
-    main.get_command(click.Context(main), _word)
-
 _PACKAGE = str(Path(fleecing.__file__).parent)
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.crash.forked"])
 
 
 class _Lines:
@@ -73,7 +65,7 @@ class ForkedCommand:
     def __init__(self, *arguments: object, interrupt_at: int | None = None) -> None:
         reading, writing = os.pipe()
         with Connection(writing, readable=False) as log:
-            self.process = _context.Process(target=_run, args=([*map(str, arguments)], log, interrupt_at), daemon=True)
+            self.process = context.Process(target=_run, args=([*map(str, arguments)], log, interrupt_at), daemon=True)
             self.process.start()
         self.said = ""
         self._more = threading.Condition()
@@ -141,7 +133,7 @@ class ForkedServer:
         with Connection(writing, readable=False) as log:
             what = [str(images), "--name", "vda"] if isinstance(images, Path) else ["--config", _config(folder, images)]
             arguments = [*what, *map(str, places), *options]
-            self.process = _context.Process(target=_serve, args=(arguments, log), daemon=True)
+            self.process = context.Process(target=_serve, args=(arguments, log), daemon=True)
             self.process.start()
         self._lines: list[str] = []
         self._ready = threading.Event()

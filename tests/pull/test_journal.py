@@ -56,7 +56,9 @@ def test_a_kill_at_any_byte_leaves_whole_records(path: Path) -> None:
         counts.add(len(again.kept))
         again.keep(Piece(1 << 20, 4096, False))
         again.close()
-        assert 1 << 20 in Journal.resume(str(path)).kept
+        again = Journal.resume(str(path))
+        assert 1 << 20 in again.kept
+        again.close()
     assert counts == {0, 1, 2, 3}
 
 
