@@ -32,10 +32,10 @@ BLKSSZGET = 0x1268
 # linux/fs.h
 SYNC_FILE_RANGE_WAIT_BEFORE = 1
 SYNC_FILE_RANGE_WRITE = 2
-SYNC_FILE_RANGE_WAIT_AFTER = 4
 
 # linux/magic.h; the type is the first thing in struct statfs, a long, and the whole is below this size
 _TMPFS = 0x01021994
+_EXT4 = 0xEF53
 _STATFS_BYTES = 256
 
 # struct flock of fcntl(2): type, whence, start, length, process
@@ -63,13 +63,13 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def _is_in_memory(fd: int) -> bool:
-    """Whether the file is on a tmpfs, which knows no RWF_NOWAIT and needs none."""
+def _file_system(fd: int) -> int:
+    """The number of its kind, or 0."""
     status = ctypes.create_string_buffer(_STATFS_BYTES)
     if _libc.fstatfs(fd, status):
-        return False
+        return 0
     kind: int = struct.unpack_from("@l", status)[0]
-    return kind == _TMPFS
+    return kind
 
 
 class HostFile:
@@ -82,7 +82,9 @@ class HostFile:
         self.is_block_device = stat.S_ISBLK(mode)
         self.sector = struct.unpack("i", fcntl.ioctl(fd, BLKSSZGET, b"\0" * 4))[0] if self.is_block_device else 1
         self._no_wait = os.RWF_NOWAIT  # 0 where the file system does not know it
-        self._in_memory = _is_in_memory(fd)
+        kind = _file_system(fd)
+        self._in_memory = kind == _TMPFS  # it knows no RWF_NOWAIT and needs none
+        self.is_on_ext4 = kind == _EXT4 and not self.is_block_device
         self._taker = -1  # the same file with a position of its own, once it is needed; under the lock
         self._taker_lock = threading.Lock()
         self.takes_copies = True
@@ -237,14 +239,23 @@ class HostFile:
         """Every write that has returned is durable when this returns."""
         os.fdatasync(self.fd)
 
+    def reserve(self, offset: int, length: int) -> bool:
+        """Give the range its space, with the bytes that it has; False where the file system cannot. Raises OSError."""
+        try:
+            _fallocate(self.fd, FALLOC_FL_KEEP_SIZE, offset, length)
+        except OSError as e:
+            if e.errno in _UNSUPPORTED:
+                return False
+            raise
+        return True
+
     def start_write_out(self, offset: int, length: int) -> None:
         """Ask the system to send what is written there to the disk now. That it cannot is no error: `sync` can."""
         _libc.sync_file_range(self.fd, offset, length, SYNC_FILE_RANGE_WRITE)
 
     def wait_for_write_out(self, offset: int, length: int) -> None:
-        """Wait until all of it has gone to the disk. Tells no errors, and takes them from this open file's `sync`."""
-        how = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER
-        _libc.sync_file_range(self.fd, offset, length, how)
+        """Wait until what is on its way has gone to the disk. Tells no errors, and takes them from this file's `sync`."""
+        _libc.sync_file_range(self.fd, offset, length, SYNC_FILE_RANGE_WAIT_BEFORE)
 
     def forget(self, offset: int, length: int) -> None:
         """Have the system drop from memory what the disk has of the range, if it will."""

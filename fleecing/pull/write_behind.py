@@ -17,9 +17,11 @@ from fleecing.errors import ImageError
 from fleecing.units import KiB, MiB
 
 _STEP: Final = 256 * KiB
-_GROUP: Final = 8 * MiB
+_RESERVED: Final = 256 * KiB
+"""Bytes of a piece, at least, whose space is asked for at once."""
+_GROUP: Final = 4 * MiB
 """Bytes that are sent to the disk together, so that neighbours become neighbours there."""
-_GROUPS: Final = 4
+_GROUPS: Final = 16
 """That may be on their way to the disk: with the one that is being filled, what a copy takes of the host's memory."""
 
 Ranges = list[tuple[int, int]]
@@ -35,6 +37,9 @@ class WriteBehind:
         self._same: HostFile | None = None
         with suppress(OSError, ImageError):  # no descriptor is left, or no /proc: then it goes without
             self._same = HostFile.open(f"/proc/self/fd/{file.fd}", writable=False)
+        # ext4 finds space for data that comes unannounced block by block, twice: a copy of 2 GiB took 0.90 s of the
+        # kernel's time without, and 0.70 with it. Others are quick at it, or pay for space that is reserved.
+        self._reserves = file.is_on_ext4
         self._lock = Lock()
         self._fresh: Ranges = []
         self._fresh_bytes = 0
@@ -47,6 +52,8 @@ class WriteBehind:
         it is their turn. A copy of 2 GiB over two connections, on two CPUs, to ext4 took 2.2 s and 3.3 s of CPU with
         writes of 2 MiB, and 1.0 s and 1.1 with these.
         """
+        if self._reserves and len(data) >= _RESERVED:
+            self._reserves = self._file.reserve(offset, len(data))
         for start in range(0, len(data), _STEP):
             self._file.write(offset + start, data[start : start + _STEP])
         if self._same is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
@@ -14,7 +15,7 @@ from fleecing.pull.destination import Destination, Format
 from fleecing.pull.qcow2_codec import Compression
 from fleecing.pull.target import PART, Target
 from fleecing.pull.write_behind import WriteBehind
-from fleecing.units import MiB
+from fleecing.units import KiB, MiB
 from tests.faulty import CAN_FAIL, Faults, faulty_folder
 from tests.images import random_bytes
 from tests.peers import run
@@ -70,13 +71,13 @@ def test_neighbours_are_sent_to_the_disk_together(tmp_path: Path, calls: list[tu
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_what_was_sent_is_waited_for_and_forgotten_four_groups_later(
+def test_what_was_sent_is_waited_for_and_forgotten_sixteen_groups_later(
     tmp_path: Path, calls: list[tuple[str, int, int]], waits: bool
 ) -> None:
-    fill(tmp_path / "f", list(range(48)), waits=waits)
-    starts = [("start", at, 8) for at in range(0, 48, 8)]
-    wait = [("wait", 0, 8)] if waits else []
-    assert calls == [*starts[:5], *wait, ("forget", 0, 8), starts[5], *(("wait", 8, 8) for _ in wait), ("forget", 8, 8)]
+    fill(tmp_path / "f", list(range(72)), waits=waits)
+    starts = [("start", at, 4) for at in range(0, 72, 4)]
+    ends = [[("wait", at, 4), ("forget", at, 4)] if waits else [("forget", at, 4)] for at in (0, 4)]
+    assert calls == [*starts[:17], *ends[0], starts[17], *ends[1]]
 
 
 def test_threads_lose_nothing_to_each_other(tmp_path: Path, calls: list[tuple[str, int, int]]) -> None:
@@ -107,6 +108,51 @@ def test_without_a_descriptor_for_it_the_data_are_written_all_the_same(
 
     monkeypatch.setattr("fleecing.pull.write_behind.HostFile.open", refuse)
     fill(tmp_path / "f", list(range(48)), waits=True)
+
+
+class Limited(HostFile):
+    """Has space for 3 MiB, as far as it is asked for it."""
+
+    is_able = True
+    asked: list[tuple[int, int]]
+
+    def reserve(self, offset: int, length: int) -> bool:
+        self.asked.append((offset, length))
+        if offset >= 3 * MiB:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.is_able
+
+
+@pytest.fixture
+def limited(tmp_path: Path) -> Iterator[Limited]:
+    file = Limited.create(str(tmp_path / "f"))
+    file.asked = []
+    file.is_on_ext4 = True  # whatever the tests run on
+    yield file
+    file.close()
+
+
+def test_space_is_asked_for_once_for_large_pieces_and_not_at_all_for_small_ones(limited: Limited) -> None:
+    behind = WriteBehind(limited)
+    behind.write(0, memoryview(PIECE)[: 256 * KiB - 1], waits=True)
+    behind.write(MiB, memoryview(PIECE)[: 256 * KiB], waits=True)
+    behind.write(2 * MiB, memoryview(PIECE), waits=True)
+    assert limited.asked == [(MiB, 256 * KiB), (2 * MiB, MiB)]
+    with pytest.raises(OSError, match="No space left"):
+        behind.write(3 * MiB, memoryview(PIECE), waits=True)
+    behind.close()
+
+
+@pytest.mark.parametrize("why", ["another file system", "no extents"])
+def test_where_space_cannot_be_asked_for_data_are_written_all_the_same(limited: Limited, why: str) -> None:
+    limited.is_on_ext4 = why != "another file system"
+    limited.is_able = False
+    behind = WriteBehind(limited)
+    for at in range(6):
+        behind.write(at * MiB, memoryview(PIECE), waits=True)
+    behind.close()
+    assert len(limited.asked) == limited.is_on_ext4
+    assert Path(limited.path).read_bytes() == PIECE * 6
 
 
 @pytest.mark.parametrize("compression", list(Compression))
@@ -140,13 +186,37 @@ FORMS = pytest.mark.parametrize("form", [Format.RAW, Format.QCOW2])
 
 
 @needs_disk
+def test_space_is_taken_for_data_alone(disk: Faults) -> None:
+    target, path = open_target(disk, Format.RAW, waits=True)
+    half = memoryview(PIECE[: MiB // 2] + bytes(MiB // 2))
+    for at in range(0, 120 * MiB, 4 * MiB):
+        target.write(at, half)
+    target.finish()
+    assert 15 * MiB <= path.stat().st_blocks * 512 < 16 * MiB
+    assert path.read_bytes()[: 4 * MiB] == bytes(half) + bytes(3 * MiB)
+
+
+@needs_disk
+def test_a_disk_that_is_full_is_told_before_anything_is_written_there(disk: Faults) -> None:
+    target, path = open_target(disk, Format.RAW, waits=True)
+    with (disk.path / "other").open("wb") as other:
+        os.posix_fallocate(other.fileno(), 0, 60 * MiB)
+    with pytest.raises(OSError, match="No space left") as caught:
+        for at in range(0, 120 * MiB, MiB):
+            target.write(at, memoryview(PIECE))
+    assert caught.value.filename == str(path) + PART
+    target.abandon()
+    assert [each.name for each in disk.path.iterdir() if each.is_file()] == ["other"]
+
+
+@needs_disk
 @FORMS
 def test_a_copy_takes_no_more_memory_than_what_is_on_its_way(disk: Faults, form: Format) -> None:
     target, path = open_target(disk, form, waits=True)
     for at in range(0, 120 * MiB, MiB):
         target.write(at, memoryview(PIECE))
     resident = int(run("fincore", "--bytes", "--noheadings", "--output", "RES", str(path) + PART))
-    assert 0 < resident < 48 * MiB
+    assert 0 < resident < 80 * MiB
     target.finish()
 
 
