@@ -254,7 +254,7 @@ class HostFile:
         _libc.sync_file_range(self.fd, offset, length, SYNC_FILE_RANGE_WRITE)
 
     def wait_for_write_out(self, offset: int, length: int) -> None:
-        """Wait until what is on its way has gone to the disk. Tells no errors, and takes them from this file's `sync`."""
+        """Wait until what is on its way is on the disk. Tells no errors, and takes them from this file's `sync`."""
         _libc.sync_file_range(self.fd, offset, length, SYNC_FILE_RANGE_WAIT_BEFORE)
 
     def forget(self, offset: int, length: int) -> None:
