@@ -140,36 +140,39 @@ class FileNode(Node):
             return [(length, Allocation.DATA)]
         runs: Runs = []
         end = offset + length
-        # In line, with plain numbers: an image may have a million runs.
-        next_data, next_hole, append = self.host.next_data, self.host.next_hole, runs.append
+        # In line, with plain numbers and the system's own call: an image may have a million runs.
+        fd, seek, seek_data, seek_hole, append = self.host.fd, os.lseek, os.SEEK_DATA, os.SEEK_HOLE, runs.append
         hole_zero, plain_data = int(Allocation.HOLE_ZERO), int(Allocation.DATA)
         holes_made = self._holes_made
         start, stop = self._data_run
         if start <= offset < stop:
-            append((min(end, stop) - offset, plain_data))
+            append((stop - offset, plain_data))
             offset = stop
         start = stop = 0
         try:
             while offset < end and len(runs) < max_runs:
-                data = next_data(offset)
+                data = seek(fd, offset, seek_data)
                 if data > offset:
-                    append(((min(end, data)) - offset, hole_zero))
+                    append((data - offset, hole_zero))
                     offset = data
                     if offset >= end or len(runs) == max_runs:
                         break
                 elif runs:  # behind data that was known, or written since the look above: it is one run
                     length, _ = runs.pop()
                     offset -= length
-                hole = next_hole(offset)
+                hole = seek(fd, offset, seek_hole)
                 if hole > offset:
-                    append(((min(end, hole)) - offset, plain_data))
-                    start, offset = offset, hole
-                    stop = hole
+                    append((hole - offset, plain_data))
+                    start = offset
+                    offset = stop = hole
                 elif runs:  # a hole punched since the look above: it and the one before it are one run
                     length, _ = runs.pop()
                     offset -= length
         except OSError as e:
             append_run(runs, end - offset, self._status_after(e))
+        if offset > end:
+            length, state = runs.pop()
+            append((length - (offset - end), state))
         if stop and holes_made == self._holes_made:
             self._data_run = (start, stop)
         return runs

@@ -278,11 +278,3 @@ class HostFile:
     def will_need(self, offset: int, length: int) -> None:
         """Ask the kernel to read ahead."""
         os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
-
-    def next_data(self, offset: int) -> int:
-        """The first offset at or after this one that holds data; raises OSError(ENXIO) where there is none."""
-        return os.lseek(self.fd, offset, os.SEEK_DATA)
-
-    def next_hole(self, offset: int) -> int:
-        """The first offset at or after this one that is a hole, or the end of the file."""
-        return os.lseek(self.fd, offset, os.SEEK_HOLE)

@@ -106,15 +106,17 @@ def test_block_status_stops_at_the_runs_asked_for(tmp_path: Path) -> None:
     node.close()
 
 
-def test_block_status_looks_for_the_end_of_the_same_data_once(image: Path) -> None:
+def test_block_status_looks_for_the_end_of_the_same_data_once(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = []
+    seek = os.lseek
 
-    class Counting(HostFile):
-        def next_hole(self, offset: int) -> int:
+    def counting(fd: int, offset: int, whence: int) -> int:
+        if whence == os.SEEK_HOLE:
             looks.append(offset)
-            return super().next_hole(offset)
+        return seek(fd, offset, whence)
 
-    node = FileNode(Counting.open(str(image)))
+    monkeypatch.setattr(os, "lseek", counting)
+    node = FileNode(HostFile.open(str(image)))
     for offset in range(0, MiB, 64 * KiB):
         assert node.block_status(offset, 64 * KiB) == [(64 * KiB, Allocation.DATA)]
     assert looks == [0]
@@ -127,6 +129,59 @@ def test_block_status_looks_for_the_end_of_the_same_data_once(image: Path) -> No
     ]
     node.write_zeroes(MiB - 4 * KiB, 4 * KiB)
     assert node.block_status(MiB - 8 * KiB, 8 * KiB) == [(4 * KiB, Allocation.DATA), (4 * KiB, Allocation.HOLE_ZERO)]
+    node.close()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    data=st.sets(st.integers(0, 15)),
+    changes=st.lists(st.tuples(st.booleans(), st.integers(-2, 2), st.integers(0, 4)), max_size=20),
+    first=st.integers(0, 15),
+    count=st.integers(1, 16),
+    max_runs=st.integers(1, 16),
+)
+def test_block_status_of_an_image_that_changes_between_two_looks(
+    tmp_path_factory: pytest.TempPathFactory,
+    data: set[int],
+    changes: list[tuple[bool, int, int]],
+    first: int,
+    count: int,
+    max_runs: int,
+) -> None:
+    """What was data all the time is told as data, and each run differs from the one before it."""
+    path = tmp_path_factory.mktemp("status") / "disk.img"
+    page = 4 * KiB
+    with path.open("wb") as f:
+        f.truncate(16 * page)
+        for n in data:
+            os.pwrite(f.fileno(), b"x" * page, n * page)
+    host, always_data, looks, seek = HostFile.open(str(path)), set(data), iter(changes), os.lseek
+    last = min(first + count, 16)
+
+    def with_changes(fd: int, offset: int, whence: int) -> int:
+        writes, near, count = next(looks, (True, 0, 0))
+        start = max(0, offset // page + near)
+        pages = range(start, min(start + count, 16))
+        if pages and writes:
+            host.write(start * page, b"y" * (len(pages) * page))
+        elif pages:
+            host.punch(start * page, len(pages) * page)
+            always_data.difference_update(pages)
+        return seek(fd, offset, whence)
+
+    node = FileNode(host)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(os, "lseek", with_changes)
+        runs = node.block_status(first * page, (last - first) * page, max_runs)
+    assert 0 < len(runs) <= max_runs
+    assert all(a[1] != b[1] for a, b in pairwise(runs))
+    at = first
+    for length, state in runs:
+        assert length % page == 0 < length
+        end = at + length // page
+        assert state == Allocation.DATA or not always_data.intersection(range(at, end))
+        at = end
+    assert at == last or (len(runs) == max_runs and at < last)
     node.close()
 
 
