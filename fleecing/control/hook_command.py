@@ -17,6 +17,9 @@ from fleecing.control.guest_agent import HookError
 TAIL = 1000
 """Bytes of what it wrote that are told where it fails."""
 
+KILL_SECONDS = 10.0
+"""How long a killed one may take to end: it cannot while the kernel has it wait for a disk, maybe for ours."""
+
 
 class HookCommand:
     """One run of it, in a session of its own: a Ctrl-C for the server is none for it. `abort` is for any thread."""
@@ -62,11 +65,18 @@ class HookCommand:
             raise
         finally:
             os.close(ended)
-            code = process.wait()
+            code = self._end()
         if code:
             said = " ".join(tail.decode("utf-8", "replace").split())
             ending = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
             raise HookError(f"the command '{self._command}' {ending}{': ' if said else ''}{said}")
+
+    def _end(self) -> int:
+        try:
+            return self._process.wait(KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            said = f"the command '{self._command}', process {self._process.pid}, was killed and does not end"
+            raise HookError(said) from None
 
     def abort(self) -> None:
         """Kill it, with all that it started. It is no harm where it has ended."""

@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 
 from fleecing.client.dial import connect
+from fleecing.control import hook_command
 from fleecing.control.config import make_settings
 from fleecing.control.guest_agent import MAX_LINE, GuestAgent, HookError
+from fleecing.control.hook_command import HookCommand
 from fleecing.control.manager import Manager
 from fleecing.control.models import SnapshotRequest
 from fleecing.errors import ConfigError, ControlError
@@ -378,6 +380,18 @@ def test_a_command_that_hangs_is_killed_with_all_that_it_started(tmp_path: Path)
         while state.read_text().rpartition(")")[2].split()[0] not in "ZX":
             time.sleep(0.01)
     house.end()
+
+
+def test_a_command_that_does_not_end_though_killed_is_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel may have it wait for a disk that hangs, where no signal gets to it."""
+    monkeypatch.setattr(HookCommand, "abort", lambda _: None)
+    monkeypatch.setattr(hook_command, "KILL_SECONDS", 0.1)
+    command = HookCommand("exec sleep 1000", {}, 0.1)
+    with pytest.raises(HookError, match=r"^the command 'exec sleep 1000', process \d+, was killed and does not end$"):
+        command.wait()
+    monkeypatch.undo()
+    command.abort()
+    assert command._end() == -signal.SIGKILL
 
 
 def test_a_command_that_leaves_something_running_has_ended(tmp_path: Path) -> None:
