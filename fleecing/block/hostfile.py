@@ -41,6 +41,12 @@ _STATFS_BYTES = 256
 # struct flock of fcntl(2): type, whence, start, length, process
 _FLOCK = struct.Struct("@hhqqi4x")
 
+_LOSSES = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+"""What the system tells of data that it had taken and could not write."""
+
+NO_LOCKS = (errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""No open file description locks there at all: an old kernel (EINVAL, ENOSYS), a file system without (the others)."""
+
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -170,7 +176,7 @@ class HostFile:
         with self._lost_lock:
             if self._lost is None and _sync_file_range(self.fd, *_NO_PAGES):
                 code = ctypes.get_errno()
-                if code in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # others: the system does not know the call
+                if code in _LOSSES:  # others: the system does not know the call
                     self._lost = code
             if self._lost is not None:
                 raise WritesLost(self._lost, os.strerror(self._lost))
@@ -207,7 +213,7 @@ class HostFile:
                 offset += done
                 length -= done
         except OSError as e:
-            if e.errno not in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            if e.errno not in _LOSSES:
                 self.takes_copies = False
             return False
         finally:
@@ -254,13 +260,33 @@ class HostFile:
         _libc.sync_file_range(self.fd, offset, length, SYNC_FILE_RANGE_WRITE)
 
     def wait_for_write_out(self, offset: int, length: int) -> None:
-        """Wait until what is on its way is on the disk. Tells no errors, and takes them from this file's `sync`."""
-        _libc.sync_file_range(self.fd, offset, length, SYNC_FILE_RANGE_WAIT_BEFORE)
+        """Wait until what is on its way is on the disk.
+
+        Raises WritesLost where writing has failed since the file was opened; this file's `sync` does not tell it then.
+        """
+        if _libc.sync_file_range(self.fd, offset, length, SYNC_FILE_RANGE_WAIT_BEFORE):
+            code = ctypes.get_errno()
+            if code in _LOSSES:  # others: the system does not know the call
+                raise WritesLost(code, os.strerror(code))
 
     def forget(self, offset: int, length: int) -> None:
-        """Have the system drop from memory what the disk has of the range, if it will."""
+        """Have the system drop from memory what the disk has of the range, if it will; of length 0: of all behind."""
         with contextlib.suppress(OSError):
             os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+    def hold_alone(self) -> bool:
+        """Lock the file against everybody else who does the same, until the descriptor is closed; False: somebody has.
+
+        True as well where there are no such locks. Raises OSError.
+        """
+        try:
+            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        except OSError as e:
+            if e.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            if e.errno not in NO_LOCKS:
+                raise
+        return True
 
     def hold_byte(self, offset: int) -> None:
         """Lock one byte, shared with others who do the same, until the descriptor is closed.

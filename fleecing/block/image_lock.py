@@ -16,20 +16,16 @@ opening is closed, however the process ends. They are advice: who does not ask (
 
 from __future__ import annotations
 
-import errno
 import logging
 from enum import IntEnum
 
-from fleecing.block.hostfile import HostFile
+from fleecing.block.hostfile import NO_LOCKS, HostFile
 from fleecing.errors import ImageError
 
 log = logging.getLogger(__name__)
 
 _HAS = 100
 _DOES_NOT_SHARE = 200
-
-# No locks there at all: an old kernel (EINVAL, ENOSYS), a file system without them (the others).
-_NO_LOCKS = (errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class Permission(IntEnum):
@@ -62,7 +58,7 @@ def lock_image(host: HostFile) -> bool:
             host.hold_byte(_DOES_NOT_SHARE + permission)
         _refuse_others(host)
     except OSError as e:
-        if e.errno not in _NO_LOCKS:
+        if e.errno not in NO_LOCKS:
             raise
         log.warning(
             "%s lies where there are no image locks (%s): QEMU and qemu-img are not kept from writing to it",

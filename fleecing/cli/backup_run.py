@@ -22,9 +22,9 @@ from typing import Any, Final
 
 from fleecing.cli.chain_pull import SnapshotFacts, add_point, pull_point
 from fleecing.cli.control_client import ControlClient
+from fleecing.cli.params import choose_uri
 from fleecing.control.names import check_name
 from fleecing.errors import ControlError, FleecingError, ImageError, sentence
-from fleecing.nbd.uri import NbdUri
 from fleecing.pull.chain import Chain, locked, new_chain
 from fleecing.pull.chain_read import check_ground, verify
 from fleecing.pull.engine import Progress as PullProgress
@@ -177,7 +177,7 @@ class Backup:
             info = infos[disk]
             pull_point(
                 self._chains[disk],
-                NbdUri.parse(info["uris"][0]).with_tls(self._options.tls_certificates, self._options.tls_hostname),
+                choose_uri(info["uris"], self._options.tls_certificates, self._options.tls_hostname),
                 SnapshotFacts.of(info),
                 self._options.pull,
                 lambda told, disk=disk: progress(disk, told),  # type: ignore[misc]

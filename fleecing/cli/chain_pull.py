@@ -64,7 +64,8 @@ def pull_point(
     damaged, and what `pull` raises; what was pulled stays for `resume`.
     """
     destination = chain.destination(facts.name, since=facts.since, compression=compression, resume=resume)
-    if destination.is_finished:
+    if (earlier := destination.finished(uri)) is not None:
+        earlier.close()
         return None
     if facts.since is not None:
         check_ground(chain, len(chain.points) - 1)

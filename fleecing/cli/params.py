@@ -12,6 +12,8 @@ from fleecing.control.names import check_export, check_name, split_export
 from fleecing.control.paths import default_control_path
 from fleecing.control.sizes import check_cluster_size, check_temp_limit
 from fleecing.control.sockets import check_socket_path
+from fleecing.errors import ConfigError
+from fleecing.nbd.uri import NbdUri
 from fleecing.units import parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -68,3 +70,13 @@ def tls_options(command: Command) -> Command:
 def json_option(command: Command) -> Command:
     """--json; the command gets `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")(command)
+
+
+def choose_uri(uris: list[str], certificates: str | None, hostname: str | None) -> NbdUri:
+    """Of a snapshot's addresses the first; the first with TLS where options for it are given. Raises ConfigError."""
+    wants_tls = bool(certificates or hostname)
+    for text in uris:
+        uri = NbdUri.parse(text)
+        if uri.tls or not wants_tls:
+            return uri.with_tls(certificates, hostname)
+    raise ConfigError("--tls-certificates and --tls-hostname are for TLS, which the server does not offer.")

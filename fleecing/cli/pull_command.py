@@ -12,7 +12,7 @@ import click
 from fleecing.cli import pull_display
 from fleecing.cli.chain_pull import SnapshotFacts, add_point, pull_point
 from fleecing.cli.on_demand import load
-from fleecing.cli.params import Checked, control_option, tls_options
+from fleecing.cli.params import Checked, choose_uri, control_option, tls_options
 from fleecing.cli.pull_display import JsonLines
 from fleecing.control.names import snapshot_path, split_export
 from fleecing.errors import ControlError, FleecingError, sentence
@@ -231,7 +231,7 @@ def resolve(source: str, control: str, options: dict[str, Any]) -> tuple[NbdUri,
     except ValueError as e:
         raise click.BadParameter(str(e), param_hint="URI|DISK@SNAPSHOT") from None
     info = _ask(control, "GET", snapshot_path(which))
-    return NbdUri.parse(info["uris"][0]).with_tls(*tls), _temp_call(control, source)
+    return choose_uri(info["uris"], *tls), _temp_call(control, source)
 
 
 def _ask(control: str, method: str, path: str, **options: Any) -> Any:
@@ -268,15 +268,15 @@ def _run(
     uri: NbdUri, destination: Destination, options: PullOptions, display: pull_display.Display
 ) -> PullReport | None:
     """None where an earlier run had done everything."""
-    if destination.is_finished:
-        destination.forget_journal()
+    if (earlier := destination.finished(uri)) is not None:
+        earlier.remove(durably=destination.waits)
         return None
     journal = destination.prepare()
     try:
         with display:
             report = pull(uri, destination.open, options, journal=journal, progress=display)
         if journal is not None:
-            journal.remove()
+            journal.remove(durably=destination.waits)
     except BaseException:
         if journal is not None:
             journal.close()
@@ -284,6 +284,8 @@ def _run(
             click.echo(f"What there is of {destination.name} is kept; --resume goes on from there.", err=True)
         elif (told := destination.give_up()) is not None:
             click.echo(told, err=True)
+        elif journal is not None and journal.was_lost:
+            click.echo(f"Nothing of {destination.name} is kept: its disk did not take what was written.", err=True)
         raise
     return report
 

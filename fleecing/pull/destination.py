@@ -18,6 +18,7 @@ from fleecing.nbd.uri import NbdUri
 from fleecing.pull.journal import Journal
 from fleecing.pull.nbd_target import NbdTarget
 from fleecing.pull.qcow2_codec import Compression
+from fleecing.pull.qcow2_reader import Qcow2File
 from fleecing.pull.qcow2_target import Qcow2Options, Qcow2Target
 from fleecing.pull.stream_target import StreamTarget
 from fleecing.pull.target import PART, RawTarget, Target, remove_part
@@ -79,7 +80,7 @@ class Destination:
             if self._is_there() and os.path.getsize(self.journal_path):
                 self.resuming = True
                 return Journal.resume(self.journal_path)
-            os.unlink(self.journal_path)  # nothing had been kept
+            Journal.discard(self.journal_path)  # nothing had been kept
             if self.is_new_file and os.path.lexists(self.name + PART):
                 os.unlink(self.name + PART)
         return Journal(self.journal_path)
@@ -95,22 +96,24 @@ class Destination:
         if os.path.lexists(part) and not has_journal:
             raise ImageError(part, -1, "is in the way, and no journal says what it holds: remove it")
 
-    @property
-    def is_finished(self) -> bool:
-        """An earlier run made the target and was killed before it could remove its journal."""
-        return (
-            self.resume
-            and self.is_new_file
-            and self.journal_path is not None
-            and os.path.lexists(self.journal_path)
-            and os.path.lexists(self.name)
-            and not os.path.lexists(self.name + PART)
-        )
+    def finished(self, source: NbdUri) -> Journal | None:
+        """The journal of an earlier run that made the target and was killed before it could remove it; None: not so.
 
-    def forget_journal(self) -> None:
-        """Nothing is left to resume."""
-        if self.journal_path is not None:
-            os.unlink(self.journal_path)
+        Raises ImageError where the journal is another pull's, or the target is not what it tells of.
+        """
+        if not (self.resume and self.is_new_file and self.journal_path is not None):
+            return None
+        has_target = os.path.lexists(self.name) and not os.path.lexists(self.name + PART)
+        if not (has_target and os.path.lexists(self.journal_path)):
+            return None
+        journal = Journal.resume(self.journal_path)
+        journal.is_of_use = True  # whatever is in it: not to be removed by closing it
+        try:
+            journal.check({**self.header(), "export": source.export, "size": _disk_size(self.name, self.format)})
+        except BaseException:
+            journal.close()
+            raise
+        return journal
 
     def open(self, size: int) -> Target:
         """The target for a disk of `size` bytes, as `prepare` has found it. Raises OSError and ImageError."""
@@ -150,6 +153,15 @@ class Destination:
     def header(self) -> dict[str, str]:
         """What a run that resumes must have in common with the one before, for the journal."""
         return {"format": self.format.value, "compression": self.compression.name.lower(), "backing": self.backing}
+
+
+def _disk_size(path: str, form: Format) -> int:
+    """Bytes; of a qcow2 file, those of the disk in it. Raises OSError and ImageError."""
+    if form is Format.RAW:
+        return os.path.getsize(path)
+    file = Qcow2File.open(path)
+    file.close()
+    return file.header.size
 
 
 def _is_device(path: str) -> bool:

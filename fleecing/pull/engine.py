@@ -18,12 +18,13 @@ import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from threading import Condition, Event, Lock
 from typing import Final
 
-from fleecing.errors import BlockError, ImageError, ProtocolError, RequestError
+from fleecing.errors import BlockError, FleecingError, ImageError, ProtocolError, RequestError
 from fleecing.nbd.client_handshake import ExportRefused
 from fleecing.nbd.constants import NbdError, TransmissionFlag
 from fleecing.nbd.uri import NbdUri
@@ -96,7 +97,7 @@ class PullOptions:
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` bytes, zeroes and what earlier runs did among them; `rate`: bytes of data a second in this run.
+    """`done` of `total` bytes, zeroes and the `resumed` of earlier runs among them; `rate`: data a second in this run.
 
     What a dirty bitmap leaves out counts neither as done nor, as soon as it is known, in the total.
     """
@@ -107,6 +108,7 @@ class Progress:
     data: int = 0
     seconds: float = 0.0
     reconnects: int = 0
+    resumed: int = 0
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,9 @@ def pull(
 ) -> PullReport:
     """Copy the whole export, or what its dirty bitmap says; `open_target` gets its size in bytes, told by the server.
 
-    With a `journal` a failure suspends the target, if it has anything; without one it abandons it. The journal is its
-    owner's to close, or to remove when all is well. Raises RequestError with the server's text, ProtocolError,
-    ImageError or OSError.
+    With a `journal` a failure suspends the target, if it has anything and its disk has taken it; else the target is
+    abandoned. The journal is its owner's to close, or to remove when all is well. Raises RequestError with the server's
+    text, ProtocolError, ImageError or OSError.
     """
     options = options or PullOptions()
     source = Source(uri, timeout=options.timeout, bitmap=options.bitmap)
@@ -174,9 +176,10 @@ def copy(
         target = open_target(source.size)
         try:
             report = _Pull(source, connections, target, journal, options).run(progress, interval)
-            target.finish()
             if journal is not None:
                 journal.is_of_use = True  # it lists what the target has, be it nothing
+                _make_durable(target, journal)  # before the target has its name, for a chain lists what the journal has
+            target.finish()
         except BaseException:
             _give_up(target, journal)
             raise
@@ -202,6 +205,7 @@ def _begin(journal: Journal, source: Source, options: PullOptions) -> None:
     journal.begin(
         {
             "export": source.uri.export,
+            "server": None if source.is_snapshot else source.server,  # a snapshot's description is its own
             "size": source.size,
             "description": source.description,
             "bitmap": source.bitmap,
@@ -210,11 +214,38 @@ def _begin(journal: Journal, source: Source, options: PullOptions) -> None:
     )
 
 
+def _make_durable(target: Target, journal: Journal) -> None:
+    if target.waits:
+        position = journal.position
+        target.sync()
+        journal.durable(position)
+
+
 def _give_up(target: Target, journal: Journal | None) -> None:
-    if journal is None or not journal.is_of_use:
-        target.abandon()
-    else:
-        target.suspend()
+    if journal is not None and journal.is_of_use:
+        if _is_safe(target, journal):
+            target.suspend()
+            return
+        journal.give_up()
+    target.abandon()
+
+
+def _is_safe(target: Target, journal: Journal) -> bool:
+    """Another run can go on with what was kept.
+
+    Not where the disk did not take some of it. That still is in memory, reads right, and is told once: the next run
+    would take it for good, and nobody could ask the server for it again.
+    """
+    position = journal.position
+    try:
+        if not target.has_lost:
+            target.sync()
+    except (OSError, FleecingError):
+        return not target.has_lost
+    if target.waits:
+        with suppress(OSError):  # no space is left
+            journal.durable(position)
+    return not target.has_lost
 
 
 class _Pull:
@@ -271,8 +302,8 @@ class _Pull:
                     ended, running = wait(running, timeout=interval, return_when=FIRST_EXCEPTION)
                     for future in ended:
                         future.result()
-                    if running and time.monotonic() - synced > SYNC_SECONDS:
-                        self._make_durable()
+                    if running and self._journal is not None and time.monotonic() - synced > SYNC_SECONDS:
+                        _make_durable(self.target, self._journal)
                         synced = time.monotonic()
                     if progress is not None and running:
                         progress(self._progress(started))
@@ -301,12 +332,6 @@ class _Pull:
         if done != self.plan.size:
             raise BlockError(f"{self.source.uri}: {done} of {self.plan.size} bytes were dealt with; nothing is kept")
 
-    def _make_durable(self) -> None:
-        if self._journal is not None and self.target.waits:
-            position = self._journal.position
-            self.target.sync()
-            self._journal.durable(position)
-
     def _stop(self) -> None:
         with self._lock:
             self.stopped.set()
@@ -327,6 +352,7 @@ class _Pull:
             data=self._data,
             seconds=elapsed,
             reconnects=self._reconnects,
+            resumed=self._resumed,
         )
 
     # Called by the workers
@@ -380,11 +406,14 @@ def _cluster(connection: AnyConnection, target: Target) -> int:
 
 
 def _compare(journal: Journal, target: Target, check: CheckCall | None) -> None:
-    """What earlier runs kept is there, byte by byte; what is not has to be pulled again."""
-    if check is None:
+    """What earlier runs kept is there, byte by byte; what is not has to be pulled again. Zeroes are made once more."""
+    if not journal.kept:
         return
+    target.look_again()
     for piece, wanted in list(journal.kept.values()):
-        if piece.is_zero or wanted == NO_CHECK:
+        if piece.is_zero:
+            target.zero(piece.offset, piece.length)
+        if piece.is_zero or check is None or wanted == NO_CHECK:
             continue
         try:
             data = target.read(piece.offset, piece.length)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any, Final, NamedTuple
 from fleecing.block.hostfile import HostFile
 from fleecing.errors import ImageError
 from fleecing.pull.plan import Piece
+from fleecing.pull.target import sync_folder
 
 FORMAT: Final = 1
 CHECK_BYTES: Final = 32
@@ -49,7 +51,8 @@ class Kept(NamedTuple):
 class Journal:
     """A journal. `kept` and `trimmed` are what earlier runs have done; records of this run only go to the file.
 
-    `is_of_use`: the target has something that a later run need not pull again.
+    `is_of_use`: the target has something that a later run need not pull again. `was_lost`: it had. One run at a time
+    has it: from `resume` or `begin` on until `close`, the file is locked.
     """
 
     def __init__(self, path: str) -> None:
@@ -60,36 +63,55 @@ class Journal:
         self.kept: dict[int, Kept] = {}
         self.trimmed: list[tuple[int, int]] = []
         self.is_of_use = False
+        self.was_lost = False
         self._file: HostFile | None = None
         self._lock = Lock()
         self._end = 0
 
     @classmethod
     def resume(cls, path: str) -> Journal:
-        """The one that an earlier run left. Raises OSError, and ImageError for what is no journal."""
-        data = Path(path).read_bytes()
-        line, newline, _ = data[:_MAX_HEADER].partition(b"\n")
+        """The one that an earlier run left. Raises OSError, and ImageError for what is no journal, or in use."""
+        file = _locked(HostFile.open(path))
         try:
-            header = json.loads(line) if newline else None
-        except (ValueError, RecursionError):
-            header = None
-        if not isinstance(header, dict) or header.get("fleecing-pull-journal") != FORMAT:
-            raise ImageError(path, 0, "is no journal of a pull: remove it, with what the pull left, and start again")
-        journal = cls(path)
-        journal.header = header
-        journal._file = HostFile.open(path)
-        journal._load(data, len(line) + 1)
+            data = Path(path).read_bytes()
+            line, newline, _ = data[:_MAX_HEADER].partition(b"\n")
+            try:
+                header = json.loads(line) if newline else None
+            except (ValueError, RecursionError):
+                header = None
+            if not isinstance(header, dict) or header.get("fleecing-pull-journal") != FORMAT:
+                text = "is no journal of a pull: remove it, with what the pull left, and start again"
+                raise ImageError(path, 0, text)
+            journal = cls(path)
+            journal.header = header
+            journal._file = file
+            journal._load(data, len(line) + 1)
+        except BaseException:
+            file.close()
+            raise
         return journal
+
+    @staticmethod
+    def discard(path: str) -> None:
+        """Remove one that is of no use. Raises OSError, and ImageError where it is in use."""
+        file = _locked(HostFile.open(path))
+        os.unlink(path)
+        file.close()
 
     def begin(self, header: dict[str, Any]) -> None:
         """Say what is pulled. Raises ImageError where an earlier run pulled something else, and FileExistsError."""
         wanted = {"fleecing-pull-journal": FORMAT, **self.target, **header}
         if self.header is None:
-            self._file = HostFile.create(self.path)
+            self._file = _locked(HostFile.create(self.path))
             self._append_bytes(json.dumps(wanted).encode() + b"\n")
             self.header = wanted
             self._append(_BOOT, 0, 0, _boot_id())
             return
+        self.check(wanted)
+
+    def check(self, wanted: dict[str, Any]) -> None:
+        """That it is of the pull of which this holds. Raises ImageError."""
+        assert self.header is not None
         for key, value in wanted.items():
             if self.header.get(key) != value:
                 raise ImageError(
@@ -127,10 +149,17 @@ class Journal:
                 Path(self.path).unlink(missing_ok=True)
             self._file = None
 
-    def remove(self) -> None:
-        """The target is whole: there is nothing to resume."""
+    def remove(self, *, durably: bool = False) -> None:
+        """The target is whole: there is nothing to resume. `durably`: it does not come back after a power cut."""
         self.is_of_use = False
         self.close()
+        if durably:
+            sync_folder(os.path.dirname(self.path) or ".")
+
+    def give_up(self) -> None:
+        """What the target had is lost."""
+        self.is_of_use = False
+        self.was_lost = True
 
     def ranges(self) -> list[tuple[int, int]]:
         """The (start, end) of what earlier runs have done, in order, neighbours as one."""
@@ -199,6 +228,20 @@ class Journal:
         self._file.truncate(at)
         if boot != _boot_id():
             self._append(_BOOT, 0, 0, _boot_id())
+
+
+def _locked(file: HostFile) -> HostFile:
+    """The journal, if nobody else has it. Raises ImageError, and closes the file then."""
+    try:
+        if file.hold_alone() and os.path.samestat(os.fstat(file.fd), os.lstat(file.path)):
+            return file
+    except FileNotFoundError:  # another run was through with it a moment ago
+        pass
+    except BaseException:
+        file.close()
+        raise
+    file.close()
+    raise ImageError(file.path, -1, "is in use: another pull is at work on this target")
 
 
 def _drop(pending: dict[int, Kept], order: list[tuple[int, int]], durable: int) -> list[tuple[int, int]]:

@@ -51,6 +51,7 @@ class NbdTarget(Target):
         shared = first.can(TransmissionFlag.CAN_MULTI_CONN)
         self._one_at_a_time: AbstractContextManager[object] = nullcontext() if shared else threading.Lock()
         self._shared = shared
+        self._has_lost = False
 
     def _connection(self) -> Connection:
         if not self._shared:
@@ -115,8 +116,20 @@ class NbdTarget(Target):
         The first connection is no worker's where each has its own.
         """
         if self.waits and self._first.can(TransmissionFlag.SEND_FLUSH):
-            with self._one_at_a_time, _naming(self._name):
-                self._first.flush()
+            try:
+                with self._one_at_a_time, _naming(self._name):
+                    self._first.flush()
+            except RequestError:
+                self._has_lost = True
+                raise
+
+    @property
+    def has_lost(self) -> bool:
+        return self._has_lost
+
+    def look_again(self) -> None:
+        """What the server has in memory cannot be told from what its disk has."""
+        self.sync()
 
     def finish(self) -> None:
         self.sync()

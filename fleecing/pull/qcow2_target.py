@@ -228,12 +228,14 @@ class Qcow2Target(Target):
         clusters = range(offset // CLUSTER, div_up(offset + length, CLUSTER))
         return b"".join(reader.read_cluster(cluster) or bytes(CLUSTER) for cluster in clusters)[:length]
 
+    def look_again(self) -> None:
+        with naming(self._file.path):
+            self._data.look_again(waits=self.waits)
+        self._find_what_is_there()
+
     def sync(self) -> None:
         with naming(self._file.path):
-            if self.waits:
-                self._file.sync()
-            else:
-                self._file.check_written()
+            self._data.sync(waits=self.waits)
 
     def finish(self) -> None:
         if self._is_resumed:
@@ -242,8 +244,8 @@ class Qcow2Target(Target):
         self.sync()
         self._put(0, header)
         self.sync()
-        self._close()
         give_name(self.path, durably=self.waits)
+        self._close()
 
     def _write_refcounts(self) -> bytes:
         """Write the refcounts, which count themselves; the header that names them."""
@@ -280,6 +282,10 @@ class Qcow2Target(Target):
     def abandon(self) -> None:
         self._close()
         remove_part(self.path)
+
+    @property
+    def has_lost(self) -> bool:
+        return self._data.has_lost
 
     def suspend(self) -> None:
         self._close()

@@ -6,6 +6,7 @@ snapshot under an old name is told from the old one; for other exports it is the
 
 from __future__ import annotations
 
+import os
 from typing import Final
 
 from fleecing.client.connection import Connection
@@ -73,6 +74,14 @@ class Source:
             connection.close()
             raise ExportRefused(f"{self.uri} is not what it was at the start: '{connection.description}'", reply=0)
         return connection
+
+    @property
+    def server(self) -> str:
+        """Who is asked, as far as an address tells."""
+        socket = self.uri.socket
+        if socket is None:
+            return f"{self.uri.host}:{self.uri.port}"
+        return socket if socket.startswith("\0") else os.path.abspath(socket)
 
     @property
     def may_share(self) -> bool:

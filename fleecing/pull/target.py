@@ -34,6 +34,12 @@ class Target(ABC):
     """Every byte has to come: an increment cannot go there."""
     waits: bool = True
     """`sync` and `finish` wait until the target's disk has it all; without, the loss of power may cost the copy."""
+
+    @property
+    def has_lost(self) -> bool:
+        """What was kept may be gone, although it can still be read: nothing of it must be gone on with."""
+        return False
+
     is_half_written: bool = False
     """Something that was there before is written over in part."""
 
@@ -64,6 +70,9 @@ class Target(ABC):
 
     def abandon(self) -> None:
         """Something failed: leave nothing behind that looks whole."""
+
+    def look_again(self) -> None:
+        """Have `read` give what the disk has, not what is in memory. Raises OSError."""
 
     def suspend(self) -> None:
         """Something failed, and another run will go on: keep what there is, under a name that does not look whole."""
@@ -146,24 +155,29 @@ class RawTarget(Target):
         with naming(self._file.path):
             return os.pread(self._file.fd, length, offset)
 
+    def look_again(self) -> None:
+        with naming(self._file.path):
+            self._data.look_again(waits=self.waits)
+
     def sync(self) -> None:
         with naming(self._file.path):
-            if self.waits:
-                self._file.sync()
-            else:
-                self._file.check_written()
+            self._data.sync(waits=self.waits)
 
     def finish(self) -> None:
         self.sync()
         self.is_half_written = False
-        self._close()
         if self._is_new:
             give_name(self.path, durably=self.waits)
+        self._close()
 
     def abandon(self) -> None:
         self._close()
         if self._is_new:
             remove_part(self.path)
+
+    @property
+    def has_lost(self) -> bool:
+        return self._data.has_lost
 
     def suspend(self) -> None:
         self._close()

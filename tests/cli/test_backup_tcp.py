@@ -42,6 +42,7 @@ def image(tmp_path: Path) -> Path:
 
 
 PLACES = {
+    "IPv4": ("127.0.0.1:0", "nbd://127.0.0.1:", []),
     "IPv6": ("[::1]:0", "nbd://[::1]:", []),
     "TLS over IPv6": ("[::1]:0", "nbds://[::1]:", ["--tls-certificates", "DIR", "--tls-hostname", "localhost"]),
     "TLS over IPv4": ("127.0.0.1:0", "nbds://127.0.0.1:", ["--tls-certificates", "DIR", "--tls-hostname", "localhost"]),
@@ -118,3 +119,13 @@ def test_a_backup_without_the_servers_authority_is_refused_and_leaves_nothing(pl
 def test_options_of_tls_do_not_go_with_a_uri_without_tls(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["pull", "nbd://localhost/x", str(tmp_path / "o"), "--tls-certificates", "tls"])
     assert result.exit_code == 2 and "go with a URI of nbds" in result.stderr
+
+
+@pytest.mark.parametrize("place", ["IPv4"], indirect=True)
+def test_options_of_tls_are_not_passed_over_where_the_server_has_none(place: Place, tmp_path: Path, tls: Path) -> None:
+    place.request("POST", "/v1/snapshots", {"disks": ["vda"], "name": "s"})
+    place.options = ["--tls-certificates", str(tls)]
+    for words in (("pull", "vda@s", tmp_path / "out"), ("backup", "vda", tmp_path / "backups")):
+        assert "are for TLS, which the server does not offer" in place.fleecing(*words, expect=1).stderr
+    assert not (tmp_path / "out").exists()
+    assert [s["name"] for s in place.request("GET", "/v1/snapshots")["snapshots"]] == ["s"]

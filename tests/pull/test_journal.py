@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
+from fleecing.block.hostfile import HostFile
 from fleecing.errors import ImageError
 from fleecing.pull import journal as journal_module
 from fleecing.pull.journal import Journal
@@ -76,8 +79,11 @@ def test_after_another_boot_only_what_was_durable_is_believed(path: Path, monkey
     again.close()
     once_more = Journal.resume(str(path))
     assert sorted(once_more.kept) == [0, 4096]
+    once_more.close()
     monkeypatch.setattr(journal_module, "_boot_id", lambda: b"a third one".ljust(32))
-    assert sorted(Journal.resume(str(path)).kept) == [0]
+    third = Journal.resume(str(path))
+    assert sorted(third.kept) == [0]
+    third.close()
 
 
 def test_another_pull_is_refused(path: Path) -> None:
@@ -95,6 +101,50 @@ def test_what_is_no_journal_is_refused(path: Path, data: bytes) -> None:
     path.write_bytes(data)
     with pytest.raises(ImageError, match="is no journal"):
         Journal.resume(str(path))
+
+
+def test_one_run_has_it_at_a_time(path: Path) -> None:
+    first = begun(path)
+    with pytest.raises(ImageError, match="in use: another pull is at work"):
+        Journal.resume(str(path))
+    with pytest.raises(ImageError, match="in use"):
+        Journal.discard(str(path))
+    with pytest.raises(FileExistsError):
+        begun(path)
+    first.keep(PIECES[0])
+    first.close()
+    second = Journal.resume(str(path))
+    assert list(second.kept) == [0]
+    second.remove(durably=True)
+    assert not path.exists()
+
+
+def test_one_that_another_run_removed_meanwhile_is_not_written_to(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its opening and its lock."""
+    real = HostFile.hold_alone
+
+    def hold_alone(file: HostFile) -> bool:
+        path.unlink()
+        return real(file)
+
+    begun(path).keep(PIECES[0])
+    monkeypatch.setattr(HostFile, "hold_alone", hold_alone)
+    for use in (Journal.resume, Journal.discard, lambda text: begun(Path(text))):
+        with pytest.raises(ImageError, match="in use"):
+            use(str(path))
+        assert not path.exists()
+        path.touch()
+        if use is Journal.discard:
+            path.unlink()
+
+
+def test_without_such_locks_it_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.fcntl", no_locks)
+    begun(path).remove()
+    assert not path.exists()
 
 
 def test_one_that_is_of_no_use_is_not_left_behind(path: Path) -> None:

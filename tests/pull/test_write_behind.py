@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from threading import Thread
 
@@ -223,18 +224,25 @@ def test_a_copy_takes_no_more_memory_than_what_is_on_its_way(disk: Faults, form:
 @needs_disk
 @FORMS
 @pytest.mark.parametrize("waits", [True, False])
-def test_what_the_disk_has_lost_meanwhile_is_told_at_the_end(disk: Faults, form: Format, waits: bool) -> None:
-    """Whoever waits for the write-out hears of it first, and must not be the only one."""
+def test_what_the_disk_has_lost_meanwhile_is_told(disk: Faults, form: Format, waits: bool) -> None:
+    """To who waits for the write-out at once, and in any case at the end."""
     target, path = open_target(disk, form, waits=waits)
     disk.fail_writes()
     for at in range(0, 40 * MiB, MiB):
         target.write(at, memoryview(PIECE))
     run("sync", "--file-system", str(disk.path), expect=None)
     disk.heal()
-    for at in range(40 * MiB, 80 * MiB, MiB):  # the write-out of what is lost is waited for meanwhile
-        target.write(at, memoryview(PIECE))
+    lost = [target.has_lost]
+    at_once: AbstractContextManager[object] = nullcontext()
+    if waits:
+        at_once = pytest.raises(OSError, match=f"Input/output error: '{path}{PART}'")
+    with at_once:
+        for at in range(40 * MiB, 80 * MiB, MiB):  # the write-out of what is lost is waited for meanwhile
+            target.write(at, memoryview(PIECE))
+    lost.append(target.has_lost)
     with pytest.raises(OSError, match="Input/output error") as failure:
         target.finish()
+    assert [*lost, target.has_lost] == [False, waits, True]
     assert failure.value.filename == str(path) + PART
     target.abandon()
     assert not path.exists()
