@@ -26,6 +26,7 @@ class BarDisplay:
             TimeRemainingColumn(),
         )
         self._bar = Bar(*columns, console=Console(stderr=True))
+        self._has_begun = False
         self._task = self._bar.add_task("pull", total=None, words="")
 
     def __enter__(self) -> Self:
@@ -38,6 +39,9 @@ class BarDisplay:
         self._bar.stop()
 
     def __call__(self, progress: Progress) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            self._bar.reset(self._task, completed=progress.resumed)  # or it would count as done in a moment
         words = [rate(progress.rate), *temp_words(self._temp())]
         if progress.reconnects:
             words.append(f"connected again {progress.reconnects} times")

@@ -35,10 +35,11 @@ class Display(Protocol):
 
 
 def eta(progress: Progress) -> float | None:
-    """Seconds that it will take at the rate up to now, zeroes included; None as long as nobody can tell."""
-    if not progress.done or not progress.seconds:
+    """Seconds that it will take at this run's rate up to now, zeroes included; None as long as nobody can tell."""
+    done = progress.done - progress.resumed
+    if not done or not progress.seconds:
         return None
-    return (progress.total - progress.done) * progress.seconds / progress.done
+    return (progress.total - progress.done) * progress.seconds / done
 
 
 def rate(bytes_per_second: float) -> str:
