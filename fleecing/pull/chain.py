@@ -161,8 +161,7 @@ class Chain:
         """Bytes of the disk, as the journal of the point that is being made has them."""
         journal = Journal.resume(str(self.path(f"{name}.qcow2{JOURNAL}")))
         journal.close()
-        assert journal.header is not None
-        return int(journal.header["size"])
+        return journal.size
 
     def drop_last(self, name: str) -> None:
         """Take the last point back, if that is its name, and whatever was being made under it."""

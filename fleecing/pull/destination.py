@@ -13,6 +13,7 @@ import stat
 from dataclasses import dataclass
 from enum import Enum
 
+from fleecing.block.qcow2.layout import SECTOR
 from fleecing.errors import ImageError
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.journal import Journal
@@ -22,6 +23,7 @@ from fleecing.pull.qcow2_reader import Qcow2File
 from fleecing.pull.qcow2_target import Qcow2Options, Qcow2Target
 from fleecing.pull.stream_target import StreamTarget
 from fleecing.pull.target import PART, RawTarget, Target, remove_part
+from fleecing.units import align_up
 
 JOURNAL = ".journal"
 """Behind the name of a target that is being made."""
@@ -109,11 +111,23 @@ class Destination:
         journal = Journal.resume(self.journal_path)
         journal.is_of_use = True  # whatever is in it: not to be removed by closing it
         try:
-            journal.check({**self.header(), "export": source.export, "size": _disk_size(self.name, self.format)})
+            journal.check({**self.header(), "export": source.export})
+            self._check_size(journal.size)
         except BaseException:
             journal.close()
             raise
         return journal
+
+    def _check_size(self, size: int) -> None:
+        """That the file is of a disk of so many bytes. Raises OSError and ImageError."""
+        if self.format is Format.RAW:
+            found = os.path.getsize(self.name)
+        else:
+            file = Qcow2File.open(self.name)
+            file.close()
+            found, size = file.header.size, align_up(size, SECTOR)
+        if found != size:
+            raise ImageError(self.name, -1, f"is a disk of {found} bytes, its journal is of one of {size}: remove both")
 
     def open(self, size: int) -> Target:
         """The target for a disk of `size` bytes, as `prepare` has found it. Raises OSError and ImageError."""
@@ -153,15 +167,6 @@ class Destination:
     def header(self) -> dict[str, str]:
         """What a run that resumes must have in common with the one before, for the journal."""
         return {"format": self.format.value, "compression": self.compression.name.lower(), "backing": self.backing}
-
-
-def _disk_size(path: str, form: Format) -> int:
-    """Bytes; of a qcow2 file, those of the disk in it. Raises OSError and ImageError."""
-    if form is Format.RAW:
-        return os.path.getsize(path)
-    file = Qcow2File.open(path)
-    file.close()
-    return file.header.size
 
 
 def _is_device(path: str) -> bool:

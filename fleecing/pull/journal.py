@@ -121,6 +121,14 @@ class Journal:
                     "remove it, with what that pull left, and start again",
                 )
 
+    @property
+    def size(self) -> int:
+        """Bytes of the disk. Raises ImageError where it does not say."""
+        size = None if self.header is None else self.header.get("size")
+        if not isinstance(size, int):
+            raise ImageError(self.path, 0, "does not say how large the disk is")
+        return size
+
     def keep(self, piece: Piece, check: bytes = NO_CHECK) -> None:
         """The target has it."""
         self.is_of_use = True

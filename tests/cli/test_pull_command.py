@@ -194,7 +194,7 @@ def test_a_pull_killed_between_the_name_and_its_journal_is_through(server: Serve
         (b"anything", "no journal of a pull"),
         (old.replace(b'"vda@s"', b'"vda@t"'), "its export is 'vda@t', not 'vda@s'"),
         (old.replace(b'"raw"', b'"qcow2"'), "its format is 'qcow2', not 'raw'"),
-        (old.replace(b'"size": ', b'"size": 1'), "its size is 1"),
+        (old.replace(b'"size": ', b'"size": 1'), f"is a disk of {SIZE} bytes, its journal is of one of 1{SIZE}"),
     ):
         journal.write_bytes(data)
         assert why in pull(server, "vda@s", str(copy), "--resume", expect=1).stderr
