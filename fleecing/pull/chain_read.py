@@ -161,14 +161,22 @@ def restore(chain: Chain, index: int, target: Target, progress: ProgressCall) ->
 
 
 def verify(chain: Chain, index: int, progress: ProgressCall) -> None:
-    """Read all that the point's own file has. Raises ImageError for the first damage, and OSError."""
+    """Read all that the point's own file has, and see that it has nothing else: other readers know no list of chunks.
+
+    Raises ImageError for the first damage, and OSError.
+    """
     point = chain.points[index]
     chain.layers(index)
     with closing(open_file(chain, point)) as file:
         _check_header(file, point)
+        file.check_first_cluster()
+        done = 0
         for chunk in read_chunks(chain.path(point.chunks), point.chunks_sha256, point.size):
+            file.check_nothing(done, chunk.offset)
+            done = chunk.offset + chunk.length
             if chunk.check != ZERO:
                 read_checked(file, chunk)
             elif not file.is_zero(chunk.offset, chunk.length):
                 raise ImageError(file.path, -1, f"is damaged: {chunk.length} bytes at {chunk.offset} are not zeroes")
             progress(chunk.length)
+        file.check_nothing(done, point.size)

@@ -15,6 +15,7 @@ from fleecing.pull.qcow2_codec import (
     L2_ENTRIES,
     Compression,
     Header,
+    build_header,
     compressed_range,
     decompress,
     parse_header,
@@ -114,6 +115,29 @@ class Qcow2File(ClusterReader):
                 data = bytes(CLUSTER)
             parts.append(data)
         return b"".join(parts)[:length]
+
+    def check_first_cluster(self) -> None:
+        """It is to the byte what a pull writes there: others obey what we do not look at. Raises ImageError."""
+        data = bytearray(CLUSTER)
+        with naming(self.path):
+            self._file.read_into(0, memoryview(data))
+        header = self.header
+        needed = -(-header.size // (CLUSTER * L2_ENTRIES))
+        end = header.table_offset + header.table_clusters * CLUSTER
+        fits = (header.l1_entries, header.l1_offset, end) == (needed, CLUSTER, self.length()) and header.table_clusters
+        if not fits or bytes(data) != build_header(header).ljust(CLUSTER, b"\0"):
+            raise ImageError(self.path, 0, "has a header that no pull has written")
+
+    def check_nothing(self, offset: int, end: int) -> None:
+        """The file has nothing in that range, which ends and begins with a cluster or the disk. Raises ImageError."""
+        cluster, stop = -(-offset // CLUSTER), -(-end // CLUSTER)
+        while cluster < stop:
+            number, index = divmod(cluster, L2_ENTRIES)
+            count = min(stop - cluster, L2_ENTRIES - index)
+            table = self._l1[number]
+            if table and any(self._table(table & layout.OFFSET_MASK)[index : index + count]):
+                raise ImageError(self.path, -1, "is damaged: it maps clusters that no pull has written")
+            cluster += count
 
     def is_zero(self, offset: int, length: int) -> bool:
         """Whether that range, from a multiple of the cluster on, is zeroes that this file has itself."""
