@@ -33,6 +33,10 @@ BLKSSZGET = 0x1268
 SYNC_FILE_RANGE_WAIT_BEFORE = 1
 SYNC_FILE_RANGE_WRITE = 2
 
+# linux/fs.h, linux/fcntl.h
+_RENAME_NOREPLACE = 1
+_AT_FDCWD = -100
+
 # linux/magic.h; the type is the first thing in struct statfs, a long, and the whole is below this size
 _TMPFS = 0x01021994
 _EXT4 = 0xEF53
@@ -51,6 +55,7 @@ _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
 _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 # Keeps the interpreter's lock: it is over sooner than the lock is taken again. Arguments that are made once: a third
 # of the call is making them. No file has a page at that offset, so there is nothing to wait for.
@@ -67,6 +72,18 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         code = ctypes.get_errno()
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
+
+
+def rename_new(path: str, new: str) -> None:
+    """Rename a file to a name that nobody has. Raises OSError, FileExistsError among others."""
+    if not _libc.renameat2(_AT_FDCWD, os.fsencode(path), _AT_FDCWD, os.fsencode(new), _RENAME_NOREPLACE):
+        return
+    code = ctypes.get_errno()
+    if code not in (errno.EINVAL, errno.ENOSYS):  # these: not on this file system, as NFS
+        raise OSError(code, os.strerror(code), new if code == errno.EEXIST else path)
+    if os.path.lexists(new):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
+    os.rename(path, new)
 
 
 def _file_system(fd: int) -> int:

@@ -17,7 +17,10 @@ opening is closed, however the process ends. They are advice: who does not ask (
 from __future__ import annotations
 
 import logging
+import os
+import stat
 from enum import IntEnum
+from pathlib import Path
 
 from fleecing.block.hostfile import NO_LOCKS, HostFile
 from fleecing.errors import ImageError
@@ -49,8 +52,10 @@ def lock_image(host: HostFile) -> bool:
     """Take the image for writing, until its descriptor is closed.
 
     False, with a warning in the log, where there are no such locks: then QEMU takes none either (`locking=auto`).
-    Raises ImageError where another program uses the image in a way that does not go with that, and OSError.
+    Raises ImageError where another program uses the image, or the file of which it is a loop device, in a way that does
+    not go with that, and OSError.
     """
+    _refuse_loop(host)
     try:
         for permission in _OURS:
             host.hold_byte(_HAS + permission)
@@ -67,6 +72,37 @@ def lock_image(host: HostFile) -> bool:
         )
         return False
     return True
+
+
+def loop_file(status: os.stat_result) -> str | None:
+    """The file behind a loop device, or behind a partition of one; None for anything else."""
+    if not stat.S_ISBLK(status.st_mode):
+        return None
+    device = Path(f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}")
+    for folder in (device, device.resolve().parent):
+        try:
+            return (folder / "loop" / "backing_file").read_text().removesuffix("\n")
+        except OSError:
+            continue
+    return None
+
+
+def _refuse_loop(host: HostFile) -> None:
+    """What is written to a loop device goes to its file, past whoever has that open."""
+    path = loop_file(os.fstat(host.fd))
+    if path is None:
+        return
+    try:
+        file = HostFile.open(path, writable=False)
+    except (OSError, ImageError):  # deleted, or nobody's to read: its locks cannot be seen
+        return
+    try:
+        _refuse_others(file)
+    except OSError as e:
+        if e.errno not in NO_LOCKS:
+            raise
+    finally:
+        file.close()
 
 
 def _refuse_others(host: HostFile) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 
 import click
@@ -12,8 +9,9 @@ import click
 from fleecing.cli.backup_run import Backup, BackupOptions, BackupResult
 from fleecing.cli.chain_commands import COMPRESS
 from fleecing.cli.control_client import ControlClient
+from fleecing.cli.ending import undone_when_ended
 from fleecing.cli.output import print_json
-from fleecing.cli.params import NAME, TEMP_LIMIT, control_option, json_option, tls_options
+from fleecing.cli.params import FILLED, NAME, TEMP_LIMIT, control_option, json_option, tls_options
 from fleecing.cli.pull_command import BANDWIDTH, RECONNECT, make_options
 from fleecing.cli.pull_display import choose
 from fleecing.pull.qcow2_codec import Compression
@@ -33,7 +31,7 @@ Examples:
 """,
 )
 @click.argument("disks", metavar="DISK...", nargs=-1, required=True, type=NAME)
-@click.argument("folder", metavar="DIR")
+@click.argument("folder", metavar="DIR", type=FILLED)
 @click.option("--full", is_flag=True, help="A full backup, whatever there is.")
 @click.option("--keep", type=click.IntRange(1), help="Then prune: leave this many points of each disk.")
 @click.option("--compress", type=COMPRESS, default="zstd", show_default=True, help="Clusters of the qcow2 files.")
@@ -80,7 +78,7 @@ def backup(
         tls_hostname=tls_hostname,
     )
     display = choose(lambda: None)
-    with _undone_at_sigterm(), display:
+    with undone_when_ended(), display:  # the snapshot is not left to grow until the next run
         results = Backup(ControlClient(control), folder, disks, options, lambda text: click.echo(text, err=True)).run(
             lambda disk, progress: display(progress)
         )
@@ -91,16 +89,6 @@ def backup(
             click.echo(_line(result))
     if not full and any(result.reason is not None for result in results):
         raise SystemExit(FELL_BACK)
-
-
-@contextmanager
-def _undone_at_sigterm() -> Iterator[None]:
-    """SIGTERM, as of `systemctl stop`, is Ctrl-C: the snapshot is not left to grow until the next run."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _line(result: BackupResult) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,7 +30,7 @@ from fleecing.pull.chain import Chain, locked, new_chain
 from fleecing.pull.chain_read import check_ground, verify
 from fleecing.pull.engine import Progress as PullProgress
 from fleecing.pull.engine import PullOptions
-from fleecing.pull.manifest import write_whole
+from fleecing.pull.manifest import MANIFEST, write_whole
 from fleecing.pull.prune import prune
 from fleecing.pull.qcow2_codec import Compression
 
@@ -108,6 +109,9 @@ class Backup:
     def run(self, progress: Callable[[str, PullProgress], None]) -> list[BackupResult]:
         """Back up; `progress` is told the disk that is being pulled, and how far it is."""
         self._check_disks()
+        if (self._folder / MANIFEST).is_file():
+            problem = "has the backups of one disk itself, and would hide those of folders in it: name another folder"
+            raise ImageError(str(self._folder), -1, problem)
         self._folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             stack.enter_context(locked(self._folder, say=self._say))
@@ -201,17 +205,25 @@ class Backup:
         try:
             self._end(record)
         except (FleecingError, OSError) as e:
-            self._say(f"Not all could be undone, the next backup will do that: {sentence(e)}")
+            following = ", the next backup will do that" if (self._folder / RECORD).exists() else ""
+            self._say(f"Not all could be undone{following}: {sentence(e)}")
 
     def _end(self, record: _Record) -> None:
+        """All of it, whatever fails: without the folder the snapshot would stay for good. Raises the first error."""
+        problems: list[FleecingError | OSError] = []
         for disk in record.disks:
-            if not record.safe:
-                self._chains[disk].drop_last(record.name)
-            self._delete("snapshots", disk, record.name)
-            if not record.safe:
-                self._delete("checkpoints", disk, record.name)
-            elif disk in record.old:
-                self._delete("checkpoints", disk, record.old[disk])
+            needless = record.old.get(disk) if record.safe else record.name
+            steps = [] if record.safe else [partial(self._chains[disk].drop_last, record.name)]
+            steps.append(partial(self._delete, "snapshots", disk, record.name))
+            if needless is not None:
+                steps.append(partial(self._delete, "checkpoints", disk, needless))
+            for step in steps:
+                try:
+                    step()
+                except (FleecingError, OSError) as e:
+                    problems.append(e)
+        if problems:
+            raise problems[0]
         (self._folder / RECORD).unlink(missing_ok=True)
 
     def _delete(self, kind: str, disk: str, name: str) -> None:

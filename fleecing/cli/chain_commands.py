@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from fleecing.cli.ending import undone_when_ended
 from fleecing.cli.output import local_time, print_json, table
+from fleecing.cli.params import FILLED
 from fleecing.errors import FleecingError, sentence
 from fleecing.pull.chain import Chain, chains_in, open_chain, orphans_in
 from fleecing.pull.chain_read import ProgressCall
@@ -139,7 +141,7 @@ Examples:
 """
 )
 @click.argument("folder", metavar="DIR")
-@click.argument("target", metavar="TARGET")
+@click.argument("target", metavar="TARGET", type=FILLED)
 @click.option("--at", metavar="POINT", help="A point or checkpoint; else the last one.")
 @click.option(
     "--format", "form", type=click.Choice([f.value for f in Format]), help="Of a new file; else by its ending."
@@ -161,7 +163,7 @@ def restore(*, folder: str, target: str, at: str | None, form: str | None, compr
         raise click.UsageError("The format qcow2 is for new files; this TARGET is written over as it is.")
     if compress != "none" and found is not Format.QCOW2:
         raise click.UsageError("--compress goes with the format qcow2.")
-    with open_chain(folder) as chain:
+    with undone_when_ended(), open_chain(folder) as chain:
         index = chain.find(at)
         point = chain.points[index]
         destination.prepare()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any, Final
 
 import click
@@ -33,6 +35,21 @@ _COMMANDS: Final = {
 """Word: where its command is, see `load`."""
 
 
+def _open_standard_files() -> None:
+    """Where the caller has closed one, the next socket would get its number, and what is said would go there.
+
+    Nothing can be written to what takes its place: a disk on its way to standard output is not to vanish.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)  # the lowest number that is free: this one
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC), "r+"))
+
+
 class _Commands(click.Group):
     """The commands, each imported when it is named.
 
@@ -47,6 +64,7 @@ class _Commands(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
+        _open_standard_files()
         try:
             return super().invoke(ctx)
         except BrokenPipeError:

@@ -33,6 +33,13 @@ class Checked:
             raise click.BadParameter(str(e)) from None
 
 
+def _filled(text: str) -> str:
+    if not text:
+        raise ValueError("is empty")  # a variable of a script that was not set
+    return text
+
+
+FILLED = Checked("TEXT", _filled)
 NAME = Checked("NAME", check_name)
 EXPORT = Checked("DISK@SNAPSHOT", split_export)
 ANY_EXPORT = Checked("DISK|DISK@SNAPSHOT", check_export)

@@ -12,7 +12,7 @@ import click
 from fleecing.cli import pull_display
 from fleecing.cli.chain_pull import SnapshotFacts, add_point, pull_point
 from fleecing.cli.on_demand import load
-from fleecing.cli.params import Checked, choose_uri, control_option, tls_options
+from fleecing.cli.params import FILLED, Checked, choose_uri, control_option, tls_options
 from fleecing.cli.pull_display import JsonLines
 from fleecing.control.names import snapshot_path, split_export
 from fleecing.errors import ControlError, FleecingError, sentence
@@ -52,7 +52,7 @@ Examples:
 """,
 )
 @click.argument("source", metavar="URI|DISK@SNAPSHOT")
-@click.argument("target", metavar="TARGET")
+@click.argument("target", metavar="TARGET", type=FILLED)
 @click.option(
     "--format", "form", type=click.Choice([f.value for f in Format]), help="Of a new file; else by its ending."
 )

@@ -10,7 +10,7 @@ import click
 
 from fleecing.cli.control_client import ControlClient
 from fleecing.cli.output import print_json, table
-from fleecing.cli.params import control_option, json_option
+from fleecing.cli.params import FILLED, control_option, json_option
 from fleecing.cli.pull_command import BANDWIDTH, NEW_BANDWIDTH
 from fleecing.errors import ControlError
 from fleecing.units import format_size
@@ -20,7 +20,7 @@ _POLL_SECONDS: Final = 0.1
 
 @click.command(epilog="\b\nExamples:\n  fleecing push vda /srv/vda.qcow2\n  fleecing push vda@monday nbd://host/copy\n")
 @click.argument("source", metavar="DISK|DISK@SNAPSHOT")
-@click.argument("target", metavar="TARGET")
+@click.argument("target", metavar="TARGET", type=FILLED)
 @click.option("--format", "form", type=click.Choice(["raw", "qcow2"]), help="Of a new file; else by its ending.")
 @click.option("--compress", type=click.Choice(["none", "deflate", "zstd"]), default="none", show_default=True)
 @click.option("--bandwidth", type=BANDWIDTH, help="Most bytes a second, as in 50M.")

@@ -14,9 +14,9 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Final
 
+from fleecing.block.image_lock import loop_file
 from fleecing.block.snapshot_access import SnapshotAccess
 from fleecing.control.disk import Snapshot
 from fleecing.control.fields import Name
@@ -305,7 +305,7 @@ def _is_same(target: str, image: str) -> bool:
         one, other = os.stat(target), os.stat(image)
         if os.path.samestat(one, other) or (one.st_rdev != 0 and one.st_rdev == other.st_rdev):
             return True
-        loop = f"/sys/dev/block/{os.major(one.st_rdev)}:{os.minor(one.st_rdev)}/loop/backing_file"
-        return os.path.samestat(os.stat(Path(loop).read_text().rstrip("\n")), other)
+        file = loop_file(one)
+        return file is not None and os.path.samestat(os.stat(file), other)
     except OSError:
         return False

@@ -19,14 +19,15 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import IO, Any, Final, NamedTuple
 
 from fleecing.errors import ImageError
 from fleecing.pull.qcow2_codec import CLUSTER
-from fleecing.pull.target import sync_folder
+from fleecing.pull.target import naming, sync_folder
 from fleecing.units import MAX_SIZE, MiB
 
 FORMAT: Final = 1
@@ -148,27 +149,35 @@ def _file_name(name: Any) -> str:
 
 def write_whole(path: Path, data: bytes) -> None:
     """A small file, whole or not at all, durable when this returns."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    with _made(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
     sync_folder(str(path.parent))
+
+
+@contextmanager
+def _made(path: Path) -> Iterator[IO[bytes]]:
+    """A file that gets its name when it is written, and durable but for its name. Errors say which it was."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with naming(str(part)):
+            with part.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            part.rename(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def write_chunks(path: Path, chunks: Iterable[Chunk]) -> str:
     """The list of a file's parts, in order; its SHA-256."""
     digest = hashlib.sha256()
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    with _made(path) as file:
         for chunk in chunks:
             line = f"{chunk.offset} {chunk.length} {chunk.check}\n".encode()
             digest.update(line)
             file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
     return digest.hexdigest()
 
 

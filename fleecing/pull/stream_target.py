@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import select
 import stat
@@ -25,6 +27,9 @@ class StreamTarget(Target):
     needs_all = True
 
     def __init__(self, fd: int, size: int, name: str = "standard output") -> None:
+        """Raises OSError where nothing can be written there."""
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF), name)
         self._name = name
         self._size = size
         self._fd = _without_waiting(fd)
@@ -70,6 +75,8 @@ class StreamTarget(Target):
                 poll.poll(_WAIT_MS)
             except BrokenPipeError:
                 raise BlockError(f"{self._name}: whoever reads it has hung up before the end") from None
+            except OSError as e:
+                raise OSError(e.errno, e.strerror, self._name) from e
         self._position += length
 
     def cancel(self) -> None:

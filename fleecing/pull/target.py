@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from fleecing.block.hostfile import HostFile
+from fleecing.block.hostfile import HostFile, rename_new
 from fleecing.block.image_lock import lock_image
 from fleecing.errors import ImageError
 from fleecing.pull.write_behind import WriteBehind
@@ -221,8 +221,8 @@ def remove_part(path: str) -> None:
 
 
 def give_name(path: str, *, durably: bool = True) -> None:
-    """`path`.part, which is durable, is `path` from now on, durably."""
-    os.rename(path + PART, path)
+    """`path`.part, which is durable, is `path` from now on, durably. Raises FileExistsError where there is one now."""
+    rename_new(path + PART, path)
     if durably:
         sync_folder(os.path.dirname(path) or ".")
 
@@ -233,7 +233,7 @@ def naming(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise OSError(e.errno, e.strerror, path) from e
+        raise OSError(e.errno, e.strerror, e.filename or path) from e
 
 
 def sync_folder(path: str) -> None:

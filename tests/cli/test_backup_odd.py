@@ -6,9 +6,11 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from fleecing.cli.control_client import ControlClient
 from fleecing.client.dial import connect
 from fleecing.nbd.uri import NbdUri
 from tests.crash.forked import ForkedCommand, ForkedServer
-from tests.images import IS_ROOT, KIB, MIB, loop_device, make_image, padded
+from tests.images import IS_ROOT, KIB, MIB, loop_device, make_image, padded, tmpfs
 from tests.peers import run
 
 
@@ -296,3 +298,69 @@ def test_a_backup_that_is_stopped_undoes_itself(tmp_path: Path, number: signal.S
         assert ControlClient(str(server.control)).request("GET", "/v1/snapshots")["snapshots"] == []
         assert checkpoints(server) == []
         assert {path.name for path in backups.rglob("*") if path.is_file()} == {".lock", "manifest.json"}
+
+
+def unmade(folder: Path) -> None:
+    """The folder and all that is in it, while somebody writes there."""
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize("vanish", [unmade, lambda folder: folder.rename(folder.with_name("elsewhere"))])
+def test_a_folder_that_vanishes_leaves_nothing_on_the_server(tmp_path: Path, vanish: Callable[[Path], object]) -> None:
+    """With the folder its record of what is to be undone is gone."""
+    image, backups = tmp_path / "vda.img", tmp_path / "backups"
+    make_image(image, 4 * MIB)
+    with serving(tmp_path, image) as server:
+        backup(server, "vda", backups)
+        before = checkpoints(server)
+        command = ForkedCommand("backup", "vda", backups, "--bandwidth", "1M", "--full", "--control", server.control)
+        while not list(backups.glob("vda/*.journal")):
+            time.sleep(0.01)
+        vanish(backups)
+        assert command.wait() == 1
+        assert "the next backup will do that" not in command.said
+        control = ControlClient(str(server.control))
+        assert control.request("GET", "/v1/snapshots")["snapshots"] == []
+        assert checkpoints(server) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_backup_that_is_told_to_end_leaves_nothing(tmp_path: Path, number: int) -> None:
+    image, backups = tmp_path / "vda.img", tmp_path / "backups"
+    make_image(image, 4 * MIB)
+    with serving(tmp_path, image) as server:
+        command = ForkedCommand("backup", "vda", backups, "--bandwidth", "1M", "--control", server.control)
+        while not list(backups.glob("vda/*.journal")):
+            time.sleep(0.01)
+        command.interrupt(number)
+        assert command.wait() == 1
+        assert ControlClient(str(server.control)).request("GET", "/v1/snapshots")["snapshots"] == []
+        assert checkpoints(server) == []
+    assert not list(backups.glob("*.json")) + list(backups.glob("vda/*.qcow2*"))
+
+
+def test_backups_are_not_hidden_behind_those_of_one_disk(tmp_path: Path) -> None:
+    image, folder = tmp_path / "vda.img", tmp_path / "chain"
+    make_image(image, 70_000)
+    with serving(tmp_path, image) as server:
+        control = ControlClient(str(server.control))
+        control.request("POST", "/v1/snapshots", {"disks": ["vda"], "name": "s"})
+        assert ForkedCommand("pull", "vda@s", folder, "--chain", "--control", server.control).wait() == 0
+        names = sorted(folder.iterdir())
+        command = ForkedCommand("backup", "vda", folder, "--control", server.control)
+        assert command.wait() == 1 and "has the backups of one disk itself" in command.said
+        assert sorted(folder.iterdir()) == names
+        assert len(control.request("GET", "/v1/snapshots")["snapshots"]) == 1
+
+
+def test_a_folder_without_any_space_is_named(tmp_path: Path) -> None:
+    image, folder = tmp_path / "vda.img", tmp_path / "small"
+    make_image(image, 70_000)
+    with serving(tmp_path, image) as server, tmpfs(folder, 64 * KIB):
+        with suppress(OSError):
+            (folder / "filler").write_bytes(bytes(MIB))
+        command = ForkedCommand("backup", "vda", folder, "--control", server.control)
+        assert command.wait() == 1
+        assert f"No space left on device: '{folder}/" in command.said or f"{folder}/" in command.said.splitlines()[-1]
+        assert not [path for path in folder.rglob("*") if path.suffix == ".part"]

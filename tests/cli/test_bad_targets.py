@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,15 +12,19 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from fleecing.block import hostfile
 from fleecing.cli.control_client import ControlClient
 from fleecing.cli.main import main
 from fleecing.nbd.uri import NbdUri
+from fleecing.pull import target as target_module
 from tests.client.servers import cutting, nbdkit
 from tests.crash.forked import ForkedCommand, ForkedServer
 from tests.images import FULL, IS_ROOT, MIB, little_space, loop_device, make_image, tmpfs
 from tests.peers import run, run_any
+from tests.serving import ROOT
 
 SIZE = 6 * MIB + 512
+ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture
@@ -252,3 +257,68 @@ if IS_ROOT:
             result = fleecing("pull", "vda@s", device, "--control", server.control, expect=1)
         assert f"has {MIB} bytes, {SIZE} are needed" in result.stderr
         assert trimmed(server) == 0
+
+
+if IS_ROOT:  # whoever is not cannot have a loop device
+
+    @pytest.mark.parametrize("partitions", [False, True])
+    def test_a_loop_device_of_a_served_image_is_never_the_target(
+        server: ForkedServer, image: Path, tmp_path: Path, partitions: bool
+    ) -> None:
+        """What is written there goes past the server."""
+        fleecing("backup", "vda", tmp_path / "b", "--control", server.control)
+        before = image.read_bytes()
+        with loop_device(image) as device:
+            target = device
+            if partitions:
+                run("addpart", str(device), "1", "0", str(SIZE // 512))
+                target = Path(f"{device}p1")
+            snapshot(server)
+            for words in (("restore", tmp_path / "b" / "vda"), ("pull", "vda@s", "--control", server.control)):
+                assert "is in use" in fleecing(*words, target, expect=1).stderr
+            if partitions:
+                run("delpart", str(device), "1")
+        assert image.read_bytes() == before
+        assert trimmed(server) == 0
+
+
+@pytest.mark.parametrize("name", ["copy.img", "copy.qcow2"])
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_file_that_appears_meanwhile_is_not_replaced(
+    server: ForkedServer, tmp_path: Path, name: str, knows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`knows`: the file system can rename to a name that is free, and to no other."""
+    snapshot(server)
+    copy = tmp_path / name
+    if not knows:
+        monkeypatch.setattr(hostfile, "_RENAME_NOREPLACE", 1 << 30)  # EINVAL
+
+    def appear(part: str, new: str) -> None:
+        copy.write_text("precious")
+        hostfile.rename_new(part, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target_module, "rename_new", appear)
+        assert "File exists" in fleecing("pull", "vda@s", copy, "--control", server.control, expect=1).stderr
+    assert copy.read_text() == "precious"
+    copy.unlink()
+    fleecing("pull", "vda@s", copy, "--resume", "--control", server.control)
+    form = "qcow2" if name.endswith("qcow2") else "raw"
+    run("qemu-img", "compare", "-f", "raw", "-F", form, str(tmp_path / "vda.img"), str(copy))
+
+
+def test_standard_output_that_is_closed_is_no_target(server: ForkedServer) -> None:
+    snapshot(server)
+    words = f"exec {sys.executable} -m fleecing pull vda@s - --control {server.control} 1>&- 0<&-"
+    result = subprocess.run(["sh", "-c", words], env=ENV, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (1, "Error: standard output: Bad file descriptor\n")
+    assert trimmed(server) == 0
+
+
+def test_a_command_without_standard_files_says_nothing_to_its_server(server: ForkedServer, tmp_path: Path) -> None:
+    """Its first socket would get the number 1 or 2."""
+    snapshot(server)
+    copy = tmp_path / "copy"
+    words = f"exec {sys.executable} -m fleecing pull vda@s {copy} --json --control {server.control} 0<&- 1>&- 2>&-"
+    subprocess.run(["sh", "-c", words], env=ENV, timeout=60, check=True)
+    assert copy.read_bytes() == (tmp_path / "vda.img").read_bytes()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -221,13 +222,23 @@ def silent_target(folder: Path) -> Iterator[tuple[NbdUri, threading.Event]]:
         yield uri, asked
 
 
-@pytest.mark.parametrize("command", ["restore", "pull"])
-def test_an_export_that_is_half_written_when_ctrl_c_comes_is_told(world: World, tmp_path: Path, command: str) -> None:
+@pytest.mark.parametrize(
+    "command, number",
+    [
+        ("restore", signal.SIGINT),
+        ("restore", signal.SIGTERM),
+        ("restore", signal.SIGHUP),
+        ("pull", signal.SIGINT),
+    ],
+)
+def test_an_export_that_is_half_written_when_ctrl_c_comes_is_told(
+    world: World, tmp_path: Path, command: str, number: int
+) -> None:
     with silent_target(tmp_path) as (uri, asked):
         words = ("restore", world.chain, uri) if command == "restore" else (*world.snapshot(), uri)
         process = ForkedCommand(*words)
         assert asked.wait(60), process.said
-        process.interrupt()
+        process.interrupt(number)
         said = interrupted(process)
     assert said == [f"{uri} is half-written: it has neither what it had before nor the whole disk"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 from click.testing import CliRunner, Result
 
@@ -55,6 +57,11 @@ def fleecing(*words: str) -> Result:
         ("pull a@b dir --chain --existing", "--existing does not go with --chain"),
         ("pull a@b dir --chain --format raw", "--format raw does not go with --chain"),
         ("restore x", "Missing argument 'TARGET'"),
+        ("restore x ''", "Invalid value for 'TARGET': is empty"),
+        ("pull a@b ''", "Invalid value for 'TARGET': is empty"),
+        ("pull a@b '' --chain", "Invalid value for 'TARGET': is empty"),
+        ("push a ''", "Invalid value for 'TARGET': is empty"),
+        ("backup a ''", "Invalid value for 'DIR': is empty"),
         ("prune x", "Missing option '--keep'"),
         ("prune x --keep 0", "0"),
         ("backup vda", "Missing argument"),
@@ -64,7 +71,7 @@ def fleecing(*words: str) -> Result:
     ],
 )
 def test_misuse_is_told_with_exit_code_2(command: str, sentence: str) -> None:
-    result = fleecing(*command.split())
+    result = fleecing(*shlex.split(command))
     assert (result.exit_code, result.stdout) == (2, "")
     assert sentence in result.stderr
 

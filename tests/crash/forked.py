@@ -84,10 +84,10 @@ class ForkedCommand:
         with self._more:
             assert self._more.wait_for(lambda: text in self.said, DEADLINE), self.said
 
-    def interrupt(self) -> None:
-        """As Ctrl-C does."""
+    def interrupt(self, number: int = signal.SIGINT) -> None:
+        """As Ctrl-C does, or another signal."""
         assert self.process.pid is not None
-        os.kill(self.process.pid, signal.SIGINT)
+        os.kill(self.process.pid, number)
 
     def kill(self) -> None:
         """kill -9, and wait until it is gone."""
