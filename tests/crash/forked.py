@@ -43,6 +43,7 @@ def _run(arguments: list[str], log: Connection, interrupt_at: int | None) -> Non
     os.dup2(log.fileno(), 2)
     log.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background has it ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this
     if interrupt_at is None:
         main(arguments, prog_name="fleecing")
         return
