@@ -81,7 +81,7 @@ def loop_file(status: os.stat_result) -> str | None:
     device = Path(f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}")
     for folder in (device, device.resolve().parent):
         try:
-            return (folder / "loop" / "backing_file").read_text().removesuffix("\n")
+            return os.fsdecode((folder / "loop" / "backing_file").read_bytes().removesuffix(b"\n"))
         except OSError:
             continue
     return None

@@ -280,12 +280,13 @@ def _run(
     except BaseException:
         if journal is not None:
             journal.close()
+        if journal is not None and journal.was_lost:
+            what = "All" if not journal.is_of_use else "Some"
+            click.echo(f"{what} of {destination.name} is lost: its disk did not take what was written.", err=True)
         if journal is not None and journal.is_of_use:
             click.echo(f"What there is of {destination.name} is kept; --resume goes on from there.", err=True)
         elif (told := destination.give_up()) is not None:
             click.echo(told, err=True)
-        elif journal is not None and journal.was_lost:
-            click.echo(f"Nothing of {destination.name} is kept: its disk did not take what was written.", err=True)
         raise
     return report
 

@@ -109,7 +109,6 @@ class Destination:
         if not (has_target and os.path.lexists(self.journal_path)):
             return None
         journal = Journal.resume(self.journal_path)
-        journal.is_of_use = True  # whatever is in it: not to be removed by closing it
         try:
             journal.check({**self.header(), "export": source.export})
             self._check_size(journal.size)

@@ -148,7 +148,7 @@ def pull(
 ) -> PullReport:
     """Copy the whole export, or what its dirty bitmap says; `open_target` gets its size in bytes, told by the server.
 
-    With a `journal` a failure suspends the target, if it has anything and its disk has taken it; else the target is
+    With a `journal` a failure suspends the target, if it has anything that its disk has taken; else the target is
     abandoned. The journal is its owner's to close, or to remove when all is well. Raises RequestError with the server's
     text, ProtocolError, ImageError or OSError.
     """
@@ -222,30 +222,23 @@ def _make_durable(target: Target, journal: Journal) -> None:
 
 
 def _give_up(target: Target, journal: Journal | None) -> None:
-    if journal is not None and journal.is_of_use:
-        if _is_safe(target, journal):
-            target.suspend()
-            return
-        journal.give_up()
-    target.abandon()
+    """Another run can go on with what was kept, as far as the disk has taken it.
 
-
-def _is_safe(target: Target, journal: Journal) -> bool:
-    """Another run can go on with what was kept.
-
-    Not where the disk did not take some of it. That still is in memory, reads right, and is told once: the next run
-    would take it for good, and nobody could ask the server for it again.
+    What it has not still is in memory, reads right, and is told once: that run would take it for good.
     """
-    position = journal.position
-    try:
-        if not target.has_lost:
-            target.sync()
-    except (OSError, FleecingError):
-        return not target.has_lost
-    if target.waits:
-        with suppress(OSError):  # no space is left
-            journal.durable(position)
-    return not target.has_lost
+    if journal is not None and journal.is_of_use:
+        try:
+            if not target.has_lost:
+                with suppress(OSError, FleecingError):  # no space for a record, or the target is gone
+                    _make_durable(target, journal)
+        finally:
+            if target.has_lost:
+                with suppress(OSError):
+                    journal.lose()
+    if journal is not None and journal.is_of_use:
+        target.suspend()
+    else:
+        target.abandon()
 
 
 class _Pull:

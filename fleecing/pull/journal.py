@@ -6,11 +6,12 @@
                               DURABLE  every record before this one's `offset` (in the file) survives a power cut
                               FORGOTTEN  what was kept at `offset` turned out to be something else
                               BOOT   a run on another boot of this machine begins here
+                              LOST   the target's disk did not take all that it was given
 
 The order is: target, KEPT, TRIM to the server, TRIMMED. A killed process loses nothing that it has written to a file,
 so at any moment the journal claims no more than the target has. A power cut may lose what was written lately: records
-behind the last DURABLE are not believed after another boot. A record that was half written fails its own checksum and
-ends the journal.
+behind the last DURABLE are not believed after another boot, nor before a LOST. A record that was half written fails
+its own checksum and ends the journal.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import os
 import struct
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final, NamedTuple
@@ -33,7 +35,7 @@ FORMAT: Final = 1
 CHECK_BYTES: Final = 32
 NO_CHECK: Final = bytes(CHECK_BYTES)
 
-_KEPT, _ZERO, _TRIMMED, _DURABLE, _BOOT, _FORGOTTEN = range(1, 7)
+_KEPT, _ZERO, _TRIMMED, _DURABLE, _BOOT, _FORGOTTEN, _LOST = range(1, 8)
 _BODY: Final = struct.Struct("<IQQ32s")
 """Kind, offset, length, checksum."""
 _SUM: Final = struct.Struct("<I")
@@ -64,6 +66,8 @@ class Journal:
         self.trimmed: list[tuple[int, int]] = []
         self.is_of_use = False
         self.was_lost = False
+        self._has_begun = False
+        self._durable = 0
         self._file: HostFile | None = None
         self._lock = Lock()
         self._end = 0
@@ -106,13 +110,16 @@ class Journal:
             self._append_bytes(json.dumps(wanted).encode() + b"\n")
             self.header = wanted
             self._append(_BOOT, 0, 0, _boot_id())
-            return
-        self.check(wanted)
+        else:
+            self.check(wanted)
+        self._has_begun = True
 
     def check(self, wanted: dict[str, Any]) -> None:
         """That it is of the pull of which this holds. Raises ImageError."""
         assert self.header is not None
         for key, value in wanted.items():
+            if key == "server" and key not in self.header:
+                continue  # the releases before this one did not say
             if self.header.get(key) != value:
                 raise ImageError(
                     self.path,
@@ -148,26 +155,31 @@ class Journal:
         self._append(_DURABLE, position, 0)
         if self._file is not None:
             self._file.sync()
+        self._durable = position
 
     def close(self) -> None:
-        """Leave it to a later run, unless there is nothing in it that such a run could use."""
+        """Leave it to a later run, unless this one has begun and there is nothing in it that such a run could use."""
         if self._file is not None:
+            if self._has_begun and not self.is_of_use:
+                Path(self.path).unlink(missing_ok=True)  # as long as it is locked: the name is not another run's yet
             self._file.close()
-            if not self.is_of_use:
-                Path(self.path).unlink(missing_ok=True)
             self._file = None
 
     def remove(self, *, durably: bool = False) -> None:
         """The target is whole: there is nothing to resume. `durably`: it does not come back after a power cut."""
         self.is_of_use = False
+        self._has_begun = True
         self.close()
         if durably:
-            sync_folder(os.path.dirname(self.path) or ".")
+            with suppress(OSError):  # a folder that cannot be read: the copy is whole all the same
+                sync_folder(os.path.dirname(self.path) or ".")
 
-    def give_up(self) -> None:
-        """What the target had is lost."""
-        self.is_of_use = False
+    def lose(self) -> None:
+        """The target may have lost what it had not made durable. Raises OSError; then it is of no use any more."""
         self.was_lost = True
+        self.is_of_use = False
+        self._append(_LOST, 0, 0)
+        self.is_of_use = self._durable > 0
 
     def ranges(self) -> list[tuple[int, int]]:
         """The (start, end) of what earlier runs have done, in order, neighbours as one."""
@@ -223,6 +235,8 @@ class Journal:
                 pending.pop(offset, None)
             elif kind == _DURABLE:
                 durable = offset
+            elif kind == _LOST:
+                order = _drop(pending, order, durable)
             elif kind == _BOOT:
                 if boot not in (b"", check):
                     order = _drop(pending, order, durable)
@@ -230,6 +244,7 @@ class Journal:
         if boot != _boot_id():
             _drop(pending, order, durable)
         self._end = at
+        self._durable = durable
         self.kept, self.trimmed = pending, trims
         self.is_of_use = bool(pending)
         assert self._file is not None
@@ -241,7 +256,7 @@ class Journal:
 def _locked(file: HostFile) -> HostFile:
     """The journal, if nobody else has it. Raises ImageError, and closes the file then."""
     try:
-        if file.hold_alone() and os.path.samestat(os.fstat(file.fd), os.lstat(file.path)):
+        if file.hold_alone() and os.path.samestat(os.fstat(file.fd), os.stat(file.path)):
             return file
     except FileNotFoundError:  # another run was through with it a moment ago
         pass

@@ -11,7 +11,7 @@ from fleecing.client.connection import Connection
 from fleecing.client.dial import connect
 from fleecing.errors import ImageError, ProtocolError, RequestError
 from fleecing.nbd.client_handshake import ExportRefused
-from fleecing.nbd.constants import TransmissionFlag
+from fleecing.nbd.constants import NbdError, TransmissionFlag
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.connecting import connect_unless
 from fleecing.pull.target import Target, zero_runs
@@ -119,8 +119,8 @@ class NbdTarget(Target):
             try:
                 with self._one_at_a_time, _naming(self._name):
                     self._first.flush()
-            except RequestError:
-                self._has_lost = True
+            except RequestError as e:
+                self._has_lost = e.error in (NbdError.EIO, NbdError.ENOSPC)  # others: it was not done
                 raise
 
     @property

@@ -232,6 +232,19 @@ class Qcow2Target(Target):
         with naming(self._file.path):
             self._data.look_again(waits=self.waits)
         self._find_what_is_there()
+        self._write_tables_again()
+
+    def _write_tables_again(self) -> None:
+        """Where a disk had lost what it was given, they may be right in memory only, and are not to stay so."""
+        for number in self._l1:
+            if number:
+                offset = number & layout.OFFSET_MASK
+                table = read_entries(self._file, offset, L2_ENTRIES)
+                layout.swap_entries(table)
+                self._put(offset, table.tobytes())
+        l1 = array("Q", self._l1)
+        layout.swap_entries(l1)
+        self._put(CLUSTER, l1.tobytes())
 
     def sync(self) -> None:
         with naming(self._file.path):

@@ -86,6 +86,53 @@ def test_after_another_boot_only_what_was_durable_is_believed(path: Path, monkey
     third.close()
 
 
+def test_what_the_disk_did_not_take_is_not_believed(path: Path) -> None:
+    journal = begun(path)
+    journal.keep(PIECES[0])
+    journal.durable(journal.position)
+    journal.keep(PIECES[1])
+    journal.lose()
+    assert journal.is_of_use and journal.was_lost
+    journal.close()
+    again = Journal.resume(str(path))
+    assert list(again.kept) == [0]
+    again.keep(PIECES[2])
+    again.close()
+    once_more = Journal.resume(str(path))
+    assert sorted(once_more.kept) == [0, 4096]
+    once_more.close()
+
+
+def test_without_anything_durable_a_loss_leaves_nothing_of_use(path: Path) -> None:
+    journal = begun(path)
+    journal.keep(PIECES[0])
+    journal.lose()
+    assert not journal.is_of_use
+    journal.close()
+    assert not path.exists()
+
+
+def test_one_that_this_run_has_not_begun_with_stays(path: Path) -> None:
+    """The server was not there."""
+    begun(path).close()
+    journal = begun(path)
+    journal.is_of_use = True
+    journal.close()
+    Journal.resume(str(path)).close()
+    assert path.exists()
+
+
+def test_one_behind_a_symbolic_link_is_this_one(path: Path, tmp_path: Path) -> None:
+    journal = begun(path)
+    journal.keep(PIECES[0])
+    journal.close()
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    again = Journal.resume(str(link))
+    assert list(again.kept) == [0]
+    again.close()
+
+
 def test_another_pull_is_refused(path: Path) -> None:
     journal = begun(path)
     journal.keep(PIECES[0])
