@@ -282,6 +282,16 @@ if IS_ROOT:  # whoever is not cannot have a loop device
         assert trimmed(server) == 0
 
 
+if IS_ROOT:
+
+    def test_a_loop_device_of_a_file_with_any_name_is_a_target(backups: Path, image: Path, tmp_path: Path) -> None:
+        file = tmp_path / os.fsdecode(b"im\xe9g")
+        file.write_bytes(bytes(SIZE))
+        with loop_device(file) as device:
+            fleecing("restore", backups, device)
+        assert file.read_bytes() == image.read_bytes()
+
+
 @pytest.mark.parametrize("name", ["copy.img", "copy.qcow2"])
 @pytest.mark.parametrize("knows", [True, False])
 def test_a_file_that_appears_meanwhile_is_not_replaced(

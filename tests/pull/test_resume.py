@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fleecing.errors import ImageError
+from fleecing.errors import ImageError, RequestError
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.destination import Destination, Format
 from fleecing.pull.engine import Check, Progress, PullOptions, PullReport, pull
@@ -146,6 +146,19 @@ def test_what_nobody_learns_of_any_more_is_read_from_the_disk(
     report = go(source, Destination(str(copy), form, resume=True))
     assert report.resumed
     assert_on_disk(copy, image, form)
+
+
+@pytest.mark.parametrize("answer, is_kept", [("EIO", False), ("ENOSPC", False), ("ESHUTDOWN", True)])
+def test_an_export_that_fails_to_flush_has_lost_data_or_is_only_going_down(
+    tmp_path: Path, source: NbdUri, image: Path, answer: str, is_kept: bool
+) -> None:
+    image.write_bytes(image.read_bytes()[: 4 * MiB])
+    (tmp_path / "target").mkdir()
+    script = ["get_size=echo 64M", "can_write=exit 0", "can_flush=exit 0", "pread=exit 1", "pwrite=cat >/dev/null"]
+    refused = pytest.raises(RequestError, match=f"answered {answer} to FLUSH")
+    with nbdkit(tmp_path / "target", "eval", *script, f"flush=echo {answer} no >&2; exit 1") as target, refused:
+        go(source, Destination(str(target), journal_path=str(tmp_path / "journal")))
+    assert (tmp_path / "journal").exists() is is_kept
 
 
 def test_zeroes_of_an_earlier_run_are_made_again(tmp_path: Path, source: NbdUri, image: Path) -> None:
