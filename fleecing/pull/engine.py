@@ -228,8 +228,10 @@ def _give_up(target: Target, journal: Journal | None) -> None:
     """
     if journal is not None and journal.is_of_use:
         try:
-            if not target.has_lost:
-                with suppress(OSError, FleecingError):  # no space for a record, or the target is gone
+            with suppress(OSError, FleecingError):  # no space for a record, or the target is gone
+                if target.has_lost:
+                    target.sync()  # to hear of the rest, which the next run would be told otherwise
+                else:
                     _make_durable(target, journal)
         finally:
             if target.has_lost:
