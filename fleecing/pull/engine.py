@@ -215,9 +215,10 @@ def _begin(journal: Journal, source: Source, options: PullOptions) -> None:
 
 
 def _make_durable(target: Target, journal: Journal) -> None:
+    """Raises OSError where the target's disk did not take something, also where nobody waits for it."""
+    position = journal.position
+    target.sync()
     if target.waits:
-        position = journal.position
-        target.sync()
         journal.durable(position)
 
 

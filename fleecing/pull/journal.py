@@ -99,8 +99,10 @@ class Journal:
     def discard(path: str) -> None:
         """Remove one that is of no use. Raises OSError, and ImageError where it is in use."""
         file = _locked(HostFile.open(path))
-        os.unlink(path)
-        file.close()
+        try:
+            os.unlink(path)
+        finally:
+            file.close()
 
     def begin(self, header: dict[str, Any]) -> None:
         """Say what is pulled. Raises ImageError where an earlier run pulled something else, and FileExistsError."""

@@ -37,7 +37,7 @@ class Target(ABC):
 
     @property
     def has_lost(self) -> bool:
-        """What was kept may be gone, although it can still be read: nothing of it must be gone on with."""
+        """What was kept since the last `sync` may be gone, although it can still be read."""
         return False
 
     is_half_written: bool = False

@@ -29,6 +29,16 @@ def begun(path: Path) -> Journal:
     return journal
 
 
+def assert_goes_on_with_the_first_piece(path: Path) -> None:
+    again = Journal.resume(str(path))
+    assert list(again.kept) == [0]
+    again.keep(PIECES[2])
+    again.close()
+    once_more = Journal.resume(str(path))
+    assert sorted(once_more.kept) == [0, 4096]
+    once_more.close()
+
+
 def test_it_tells_the_next_run_what_was_kept_and_what_was_trimmed(path: Path) -> None:
     journal = begun(path)
     for piece in PIECES:
@@ -73,13 +83,7 @@ def test_after_another_boot_only_what_was_durable_is_believed(path: Path, monkey
     journal.durable(position)
     journal.close()
     monkeypatch.setattr(journal_module, "_boot_id", lambda: b"another boot".ljust(32))
-    again = Journal.resume(str(path))
-    assert list(again.kept) == [0]
-    again.keep(PIECES[2])
-    again.close()
-    once_more = Journal.resume(str(path))
-    assert sorted(once_more.kept) == [0, 4096]
-    once_more.close()
+    assert_goes_on_with_the_first_piece(path)
     monkeypatch.setattr(journal_module, "_boot_id", lambda: b"a third one".ljust(32))
     third = Journal.resume(str(path))
     assert sorted(third.kept) == [0]
@@ -94,13 +98,7 @@ def test_what_the_disk_did_not_take_is_not_believed(path: Path) -> None:
     journal.lose()
     assert journal.is_of_use and journal.was_lost
     journal.close()
-    again = Journal.resume(str(path))
-    assert list(again.kept) == [0]
-    again.keep(PIECES[2])
-    again.close()
-    once_more = Journal.resume(str(path))
-    assert sorted(once_more.kept) == [0, 4096]
-    once_more.close()
+    assert_goes_on_with_the_first_piece(path)
 
 
 def test_without_anything_durable_a_loss_leaves_nothing_of_use(path: Path) -> None:

@@ -125,6 +125,23 @@ def test_what_the_disk_did_not_take_is_not_gone_on_with(
 
 @needs_disk
 @forms
+def test_who_does_not_wait_for_the_disk_learns_of_a_loss_when_it_ends(
+    disk: Faults, source: NbdUri, form: Format
+) -> None:
+    """What was kept would be believed by the next run."""
+
+    def lose() -> None:
+        disk.fail_writes()
+        run("sync", "--file-system", str(disk.path), expect=None)
+        raise Cut
+
+    with pytest.raises(Cut):
+        go(source, Destination(str(disk.path / "copy"), form, waits=False), at(20 * MiB, lose), rate=40 * MiB)
+    assert [path.name for path in disk.path.iterdir() if path.is_file()] == []
+
+
+@needs_disk
+@forms
 def test_what_nobody_learns_of_any_more_is_read_from_the_disk(
     disk: Faults, source: NbdUri, image: Path, form: Format
 ) -> None:
