@@ -19,7 +19,17 @@ from fleecing.errors import ControlError, FleecingError, sentence
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.chain import new_chain
 from fleecing.pull.destination import Destination, Format
-from fleecing.pull.engine import CONNECTIONS, DEPTH, Check, PullOptions, PullReport, Trim, pull
+from fleecing.pull.engine import (
+    CONNECTIONS,
+    DEPTH,
+    MOST_CONNECTIONS,
+    MOST_DEPTH,
+    Check,
+    PullOptions,
+    PullReport,
+    Trim,
+    pull,
+)
 from fleecing.pull.limiter import Bandwidth
 from fleecing.pull.qcow2_codec import Compression
 from fleecing.units import format_size, parse_size
@@ -72,10 +82,13 @@ Examples:
 @click.option(
     "--connections",
     type=click.IntRange(1, 64),
-    default=CONNECTIONS,
-    help="To the server, at most; else one a CPU, up to 4.",
+    help=f"To the server; else one a CPU, up to 4, and up to {MOST_CONNECTIONS} where that is seen to help.",
 )
-@click.option("--depth", type=click.IntRange(1, 64), default=DEPTH, show_default=True, help="Requests a connection.")
+@click.option(
+    "--depth",
+    type=click.IntRange(1, 64),
+    help=f"Requests a connection; else {DEPTH}, and up to {MOST_DEPTH} where that is seen to help.",
+)
 @click.option("--bandwidth", type=BANDWIDTH, help="Most bytes a second, as in 50M.")
 @click.option(
     "--reconnect",
@@ -196,8 +209,8 @@ def make_options(
     no_trim: bool = False,
     bitmap: str | None = None,
     no_bitmap: bool = False,
-    connections: int = CONNECTIONS,
-    depth: int = DEPTH,
+    connections: int | None = None,
+    depth: int | None = None,
     bandwidth: int | None = None,
     reconnect: float = RECONNECT,
     no_check: bool = False,
@@ -205,8 +218,10 @@ def make_options(
 ) -> PullOptions:
     """The engine's options from those of the command line."""
     return PullOptions(
-        connections=connections,
-        depth=depth,
+        connections=connections or CONNECTIONS,
+        depth=depth or DEPTH,
+        most_connections=0 if connections else MOST_CONNECTIONS,
+        most_depth=0 if depth else MOST_DEPTH,
         trim=Trim.NEVER if no_trim else Trim.SNAPSHOT,
         reconnect=reconnect,
         bandwidth=None if bandwidth is None else Bandwidth(bandwidth),

@@ -20,6 +20,7 @@ from fleecing.pull.any_source import AnyConnection, AnySource
 from fleecing.pull.connecting import connect_unless
 from fleecing.pull.journal import NO_CHECK
 from fleecing.pull.limiter import Bandwidth
+from fleecing.pull.need import Depth
 from fleecing.pull.plan import Piece, Plan
 from fleecing.pull.target import Target
 
@@ -43,12 +44,16 @@ class Shared(Protocol):
     plan: Plan
     trims: bool
     depth: int
+    most_depth: int
     piece: int
     reconnect: float
     bandwidth: Bandwidth | None
     check: CheckCall | None
     changed: Condition
     stopped: Event
+
+    def room(self, wanted: int) -> int:
+        """For how many more buffers there is memory, at most `wanted`; they are the caller's from now on."""
 
     def adopt(self, old: AnyConnection, new: AnyConnection) -> None:
         """`new` takes the place of `old`."""
@@ -68,7 +73,10 @@ class Worker:
         self._connection = connection
         self._ask = shared.source.status_call(connection)
         self._buffers = [bytearray(shared.piece) for _ in range(shared.depth)]
-        self._on_the_way: dict[int, tuple[Piece, bytearray]] = {}
+        self._on_the_way: dict[int, tuple[Piece, bytearray, float]] = {}
+        self._depth = Depth(shared.depth, shared.most_depth)
+        self.waited = 0.0
+        """Seconds in which there was nothing to do but wait for the server."""
         self._lost_at: float | None = None
         self._at_target = False
         """The target, or the journal, is at work: what fails now is no matter of the source's connection."""
@@ -90,6 +98,7 @@ class Worker:
             while self._buffers:
                 piece = self._shared.plan.take(self._ask, before=self._shared.target.limit())
                 if piece is None:
+                    self._depth.paused()
                     break
                 self._start(piece, self._buffers.pop())
             if self._on_the_way:
@@ -101,11 +110,29 @@ class Worker:
 
     def _take_answer(self) -> None:
         """Whichever comes first. Raises its error."""
+        began, used = time.monotonic(), time.thread_time()
         request = self._connection.next_finished()
+        now = time.monotonic()
+        self.waited += now - began - (time.thread_time() - used)
         if request.error is not None:
             raise request.error
         self._lost_at = None
+        self._measure(request, now)
         self._answered(request)
+
+    def _measure(self, request: Request, now: float) -> None:
+        """Have as many requests in flight as the way to the server needs, and there is memory for."""
+        more = self._depth.answered(request.command, self._on_the_way[request.cookie][2], now)
+        if more:
+            more = self._shared.room(more)
+            self._buffers += [bytearray(self._shared.piece) for _ in range(more)]
+            self._depth.grow(more)
+            log.debug("%s: %d requests in flight", self._connection.peer, self.depth)
+
+    @property
+    def depth(self) -> int:
+        """Requests that may be in flight."""
+        return self._depth.now
 
     def _wait_for_room(self) -> None:
         """The target takes nothing further on before others have written what comes first."""
@@ -144,6 +171,7 @@ class Worker:
 
     def _send(self, piece: Piece, buffer: bytearray) -> None:
         """Ask for the piece, or to trim it."""
+        now = time.monotonic()
         try:
             if piece.is_kept:
                 request = self._connection.submit_trim(piece.offset, piece.length)
@@ -153,10 +181,10 @@ class Worker:
             self._shared.plan.put_back(piece)
             self._buffers.append(buffer)
             raise
-        self._on_the_way[request.cookie] = piece, buffer
+        self._on_the_way[request.cookie] = piece, buffer, now
 
     def _answered(self, request: Request) -> None:
-        piece, buffer = self._on_the_way.pop(request.cookie)
+        piece, buffer, _ = self._on_the_way.pop(request.cookie)
         if request.command is Cmd.READ:
             data = memoryview(buffer)[: piece.length]
             self._at_target = True
@@ -184,7 +212,8 @@ class Worker:
         return self._shared.reconnect > 0 and self._connection.is_lost
 
     def _put_all_back(self) -> None:
-        for piece, buffer in self._on_the_way.values():
+        self._depth.paused()
+        for piece, buffer, _ in self._on_the_way.values():
             self._shared.plan.put_back(piece)
             self._buffers.append(buffer)
         self._on_the_way.clear()
