@@ -285,7 +285,7 @@ class Connection:
     def _take(self) -> bool:
         """One receive; False where nothing is there yet."""
         try:
-            count = self._socket.recv_into(self._reader.target())
+            count = self._socket.recvmsg_into(self._reader.targets())[0]
         except BlockingIOError:
             return False
         if not count:

@@ -1,7 +1,7 @@
 """Cuts the bytes of a server into replies and enters them into the requests that they answer. No I/O.
 
     connection                          ReplyReader                           Request
-    recv_into(reader.target()) -----> received(n) -> _cut: magic, header --> part(), fail(), status
+    recvmsg_into(reader.targets()) -> received(n) -> _cut: magic, header --> part(), fail(), status
                                                            payload  -------> straight into its buffer
     next_finished <------------------ finished  <------------------------- finish()
 
@@ -54,6 +54,9 @@ MAX_EXTENTS: Final = 1 << 16
 MAX_STATUS_PAYLOAD: Final = STATUS_EXT.size + 16 * MAX_STATUS_EXTENTS
 """The longest payload of a block status chunk: 2^20 extents of 16 bytes."""
 
+_AHEAD: Final = 512
+"""Bytes of what follows that are received with the end of a payload: the next header, and little of its payload."""
+
 _CHUNK_MAGICS: Final = {ReplyMode.STRUCTURED: STRUCTURED_REPLY_MAGIC, ReplyMode.EXTENDED: EXTENDED_REPLY_MAGIC}
 _MAGIC: Final = Struct(">I")
 _EXTENT: Final = Struct(">II")
@@ -76,28 +79,35 @@ class ReplyReader:
         self._chunk_magic = _CHUNK_MAGICS.get(mode)
         self._contexts = contexts
         self._head = memoryview(bytearray(HEAD_SIZE))
+        self._ahead = self._head[:_AHEAD]
         self._start = 0
         self._end = 0
         self._direct = self._head[:0]
         self._parser = self._cut()
         next(self._parser)
 
-    def target(self) -> memoryview:
-        """Where the next bytes of the server go; never empty. Valid until `received`."""
+    def targets(self) -> list[memoryview]:
+        """Where the next bytes of the server go, one after the other; the first is not empty. Valid until `received`.
+
+        Behind a payload there is room for what follows it, which saves a receive for each header.
+        """
         if self._direct:
-            return self._direct
+            return [self._direct, self._ahead]
         if self._start == self._end:
             self._start = self._end = 0
         elif self._end > HEAD_SIZE // 2:
             rest = bytes(self._head[self._start : self._end])
             self._start, self._end = 0, len(rest)
             self._head[: len(rest)] = rest
-        return self._head[self._end :]
+        return [self._head[self._end :]]
 
     def received(self, count: int) -> None:
-        """`count` bytes have been put at the start of `target()`. Raises ProtocolError; the reader is done for then."""
+        """`count` bytes have been put into `targets()`. Raises ProtocolError; the reader is done for then."""
         if self._direct:
+            ahead = count - len(self._direct)
             self._direct = self._direct[count:]
+            if ahead > 0:
+                self._end = ahead
         else:
             self._end += count
         next(self._parser)
@@ -113,6 +123,9 @@ class ReplyReader:
         ready = min(len(view), self._end - self._start)
         view[:ready] = self._head[self._start : self._start + ready]
         self._start += ready
+        if ready == len(view):
+            return
+        self._start = self._end = 0  # the head is empty: what comes ahead goes to its start
         self._direct = view[ready:]
         while self._direct:
             yield

@@ -40,6 +40,10 @@ class TlsSocket:
         except ssl.SSLError as e:
             raise ConnectionError(f"TLS: {e.reason or e}") from None
 
+    def recvmsg_into(self, parts: list[memoryview]) -> tuple[int]:
+        """Bytes received, into the first part only: a record does not scatter. Raises as `recv_into`."""
+        return (self.recv_into(parts[0]),)
+
     def sendmsg(self, parts: list[bytes | bytearray | memoryview]) -> int:
         """Bytes sent, of the first part only: a record does not gather. Raises as `recv_into`."""
         return self.send(parts[0])

@@ -37,9 +37,11 @@ def feed_pieces(reader: ReplyReader, data: bytes, sizes: Iterable[int]) -> None:
     """Give `data` to the reader, at most so many bytes at a time."""
     for size in sizes:
         while data and size:
-            target = reader.target()
-            count = min(len(target), len(data), size)
-            target[:count] = data[:count]
+            count = 0
+            for target in reader.targets():
+                part = data[count : min(count + len(target), size)]
+                target[: len(part)] = part
+                count += len(part)
             reader.received(count)
             data = data[count:]
             size -= count
