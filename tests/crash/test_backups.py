@@ -115,7 +115,7 @@ def look(story: Story, folder: Path, scratch: Path) -> list[str]:
     return points
 
 
-@pytest.mark.skipif(not CAN_FAIL, reason="takes root and /dev/fuse")
+@pytest.mark.skipif(not CAN_FAIL, reason="takes root")
 def test_backups_are_exact_and_go_on_wherever_the_power_went(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from tests.peers import run
 
 PIECE = random_bytes(MiB)
 
-needs_disk = pytest.mark.skipif(not CAN_FAIL, reason="takes root and /dev/fuse")
+needs_disk = pytest.mark.skipif(not CAN_FAIL, reason="takes root")
 
 
 @pytest.fixture
