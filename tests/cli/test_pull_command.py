@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.client.servers import nbdkit
 from tests.images import FULL, MIB, little_space, make_image, make_sparse, random_bytes
 from tests.peers import run
 from tests.serving import ROOT, Serve, Server
@@ -115,6 +116,19 @@ def test_json_tells_progress_and_the_end(server: Server, tmp_path: Path) -> None
     assert lines[-1]["trimmed"] == SIZE
     failed = pull(server, "vda@s", str(tmp_path / "copy2"), "--json", expect=1)
     assert "trimmed" in json.loads(failed.stdout.splitlines()[-1])["error"]
+
+
+@pytest.mark.parametrize("words", [[], ["--connections", "2", "--depth", "3"]], ids=["measured", "told"])
+def test_a_server_far_away_gets_more_requests_unless_told_how_many(tmp_path: Path, words: list[str]) -> None:
+    far, copy = tmp_path / "far.img", tmp_path / "copy"
+    far.write_bytes(random_bytes(64 * MIB))
+    with nbdkit(tmp_path, "-r", "--filter=delay", "file", str(far), "rdelay=30ms") as uri:
+        done = json.loads(pull(None, str(uri), str(copy), "--json", *words).stdout.splitlines()[-1])
+    assert_same(far, copy)
+    if words:
+        assert (done["connections"], done["requests"]) == (2, 6)
+    else:
+        assert done["requests"] >= 8 * done["connections"]
 
 
 def test_only_what_changed_of_an_increment_is_copied(server: Server, image: Path, tmp_path: Path) -> None:
