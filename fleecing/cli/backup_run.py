@@ -28,9 +28,9 @@ from fleecing.control.names import check_name
 from fleecing.errors import ControlError, FleecingError, ImageError, sentence
 from fleecing.pull.chain import Chain, locked, new_chain
 from fleecing.pull.chain_read import check_ground, verify
-from fleecing.pull.engine import Progress as PullProgress
-from fleecing.pull.engine import PullOptions
 from fleecing.pull.manifest import MANIFEST, write_whole
+from fleecing.pull.options import Progress as PullProgress
+from fleecing.pull.options import PullOptions
 from fleecing.pull.prune import prune
 from fleecing.pull.qcow2_codec import Compression
 

@@ -10,8 +10,9 @@ from fleecing.errors import ImageError
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.chain import Chain
 from fleecing.pull.chain_read import check_ground
-from fleecing.pull.engine import Check, ProgressCall, PullOptions, PullReport, pull
+from fleecing.pull.engine import ProgressCall, pull
 from fleecing.pull.manifest import Point
+from fleecing.pull.options import Check, PullOptions, PullReport
 from fleecing.pull.qcow2_codec import Compression
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from fleecing.cli.output import fields
-from fleecing.pull import engine
+from fleecing.pull import options
 from fleecing.units import format_size
 
 _PLAIN_LINES: Final = 4
@@ -62,7 +62,7 @@ class PullDisplay:
         if self._bar is not None:
             self._bar.stop()
 
-    def __call__(self, progress: engine.Progress) -> None:
+    def __call__(self, progress: options.Progress) -> None:
         temp = self._temp()
         self.temp_seen = max(self.temp_seen, temp)
         if self._bar is not None:

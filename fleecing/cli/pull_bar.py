@@ -10,7 +10,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bar
 
 from fleecing.cli.pull_display import TempCall, rate, temp_words
-from fleecing.pull.engine import Progress
+from fleecing.pull.options import Progress
 
 
 class BarDisplay:

@@ -19,18 +19,9 @@ from fleecing.errors import ControlError, FleecingError, sentence
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.chain import new_chain
 from fleecing.pull.destination import Destination, Format
-from fleecing.pull.engine import (
-    CONNECTIONS,
-    DEPTH,
-    MOST_CONNECTIONS,
-    MOST_DEPTH,
-    Check,
-    PullOptions,
-    PullReport,
-    Trim,
-    pull,
-)
+from fleecing.pull.engine import pull
 from fleecing.pull.limiter import Bandwidth
+from fleecing.pull.options import CONNECTIONS, DEPTH, MOST_CONNECTIONS, MOST_DEPTH, Check, PullOptions, PullReport, Trim
 from fleecing.pull.qcow2_codec import Compression
 from fleecing.units import format_size, parse_size
 

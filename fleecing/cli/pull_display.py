@@ -12,7 +12,7 @@ from typing import IO, Any, Final, Protocol, Self
 import click
 
 from fleecing.cli.on_demand import load
-from fleecing.pull.engine import Progress
+from fleecing.pull.options import Progress
 from fleecing.units import format_size
 
 TempCall = Callable[[], int | None]

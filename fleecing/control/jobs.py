@@ -26,9 +26,10 @@ from fleecing.control.state import Kept, read_json, remove, write_json
 from fleecing.errors import ControlError, FleecingError, ImageError, sentence
 from fleecing.events import Event, Value, of_export, tell
 from fleecing.pull.destination import Destination, Format
-from fleecing.pull.engine import Progress, PullOptions, Trim, copy
+from fleecing.pull.engine import copy
 from fleecing.pull.limiter import Bandwidth
 from fleecing.pull.node_source import NodeSource
+from fleecing.pull.options import Progress, PullOptions, Trim
 from fleecing.pull.qcow2_codec import Compression
 from fleecing.pull.target import PART
 from fleecing.units import KiB

@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
-from enum import Enum
 from threading import Condition, Event, Lock
 from typing import Final
 
@@ -31,29 +28,15 @@ from fleecing.nbd.uri import NbdUri
 from fleecing.pull.any_source import AnyConnection, AnySource
 from fleecing.pull.connecting import connect_unless
 from fleecing.pull.journal import CHECK_BYTES, NO_CHECK, Journal
-from fleecing.pull.limiter import Bandwidth
 from fleecing.pull.need import Crowd
+from fleecing.pull.options import Check, Progress, PullOptions, PullReport, Trim
 from fleecing.pull.plan import Piece, Plan
-from fleecing.pull.source import CLUSTER_STATE, Source
+from fleecing.pull.source import Source
 from fleecing.pull.target import Target
 from fleecing.pull.worker import CheckCall, Worker
 from fleecing.units import MiB, align_down
 
-__all__ = ["CLUSTER_STATE", "Check", "Progress", "PullOptions", "PullReport", "Trim", "pull"]
-
 log = logging.getLogger(__name__)
-
-CONNECTIONS: Final = min(4, os.cpu_count() or 1)
-"""To begin with. More than there are CPUs take them from each other: 4 on two CPUs were slower than 2 by a tenth."""
-
-DEPTH: Final = 4
-"""Requests of a connection in flight, to begin with."""
-
-MOST_CONNECTIONS: Final = 16
-"""Where more of them are seen to help; what servers let one client have."""
-
-MOST_DEPTH: Final = 64
-"""Where more requests are seen to help."""
 
 MOST_MEMORY: Final = 64 * MiB
 """Bytes of buffers that are added as more requests help: at 100 ms to the server and back they carry 640 MiB/s."""
@@ -65,94 +48,11 @@ SYNC_SECONDS: Final = 5.0
 """How often the target is made durable where there is a journal: what a power cut may cost."""
 
 
-class Trim(Enum):
-    """Which exports are trimmed behind the read head. TRIM destroys what it trims."""
-
-    NEVER = "never"
-    SNAPSHOT = "snapshot"
-    """Only an export that says, by the context `fleecing:cluster-state`, that it is a snapshot and no disk in use."""
-    ALWAYS = "always"
-    """Any export; RequestError where it has no TRIM."""
-
-
-class Check(Enum):
-    """The checksum of each piece that the journal keeps."""
-
-    NONE = "none"
-    CRC32 = "crc32"
-    SHA256 = "sha256"
-
-
 _CHECKS: Final[dict[Check, CheckCall | None]] = {
     Check.NONE: None,
     Check.CRC32: lambda data: zlib.crc32(data).to_bytes(4, "big").ljust(CHECK_BYTES, b"\1"),
     Check.SHA256: lambda data: hashlib.sha256(data).digest(),
 }
-
-
-@dataclass(frozen=True)
-class PullOptions:
-    """`piece` in bytes, `timeout` in seconds for each answer; `connections` only where the export can share them.
-
-    `most_connections` and `most_depth`: how many there may be where the copy is seen to wait for lack of them; where
-    there is a `bandwidth` there never are more.
-    `reconnect`: for how many seconds without an answer a lost connection is tried again; 0 = a loss is the end.
-    `bandwidth` may be changed meanwhile; pieces get small where it is. `bitmap`: see Source.
-    """
-
-    connections: int = CONNECTIONS
-    depth: int = DEPTH
-    most_connections: int = 0
-    most_depth: int = 0
-    piece: int = MiB
-    trim: Trim = Trim.SNAPSHOT
-    timeout: float = 60.0
-    reconnect: float = 0.0
-    bandwidth: Bandwidth | None = None
-    bitmap: str | None = None
-    check: Check = Check.NONE
-
-
-@dataclass(frozen=True)
-class Progress:
-    """`done` of `total` bytes, zeroes and the `resumed` of earlier runs among them; `rate`: data a second in this run.
-
-    What a dirty bitmap leaves out counts neither as done nor, as soon as it is known, in the total.
-    """
-
-    done: int
-    total: int
-    rate: float
-    data: int = 0
-    seconds: float = 0.0
-    reconnects: int = 0
-    resumed: int = 0
-
-
-@dataclass(frozen=True)
-class PullReport:
-    """What a pull did, in bytes and seconds; data + zeroes + clean + resumed = size."""
-
-    size: int
-    data: int
-    zeroes: int
-    trimmed: int
-    seconds: float
-    clean: int = 0
-    """What the dirty bitmap says has not changed."""
-    resumed: int = 0
-    """What earlier runs had done."""
-    reconnects: int = 0
-    bitmap: str | None = None
-    connections: int = 0
-    """That were open at the end."""
-    requests: int = 0
-    """That all of them together had in flight at most."""
-
-    @property
-    def rate(self) -> float:
-        """Bytes of data a second."""
-        return self.data / self.seconds if self.seconds else 0.0
 
 
 ProgressCall = Callable[[Progress], None]
@@ -328,12 +228,12 @@ class _Pull:
                     ended, running = wait(running, timeout=interval, return_when=FIRST_EXCEPTION)
                     for future in ended:
                         future.result()
-                    if self.plan.exhausted:
-                        self._is_enough.set()
                     if running and self._journal is not None and time.monotonic() - synced > SYNC_SECONDS:
                         _make_durable(self.target, self._journal)
                         synced = time.monotonic()
-                    if running and self.source.may_share and crowd.wants_more():
+                    if self.plan.exhausted:
+                        self._is_enough.set()
+                    elif self.source.may_share and crowd.wants_more():
                         running.add(pool.submit(self._join))
                     if progress is not None and running:
                         progress(self._progress(started))

@@ -24,7 +24,8 @@ from fleecing.cli.demo_server import DemoServer
 from fleecing.cli.main import main
 from fleecing.client.dial import connect
 from fleecing.nbd.uri import NbdUri
-from fleecing.pull.engine import PullReport, pull
+from fleecing.pull.engine import pull
+from fleecing.pull.options import PullReport
 from tests.peers import DEADLINE, Child, describe
 from tests.serving import ROOT
 

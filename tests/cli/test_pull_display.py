@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fleecing.cli.pull_display import eta
-from fleecing.pull.engine import Progress
+from fleecing.pull.options import Progress
 from tests.images import MIB, make_image
 from tests.peers import DEADLINE
 from tests.serving import ROOT, Serve, Server

@@ -16,8 +16,9 @@ from fleecing.errors import FleecingError
 from fleecing.nbd.client_handshake import ExportRefused
 from fleecing.nbd.handshake import TlsMode
 from fleecing.nbd.uri import NbdUri
-from fleecing.pull.engine import PullOptions, pull
+from fleecing.pull.engine import pull
 from fleecing.pull.nbd_target import NbdTarget
+from fleecing.pull.options import PullOptions
 from fleecing.pull.target import RawTarget
 from fleecing.server.export import active_export, snapshot_export
 from fleecing.server.tls import server_context

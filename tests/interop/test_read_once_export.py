@@ -13,7 +13,8 @@ import pytest
 
 from fleecing.client.dial import connect
 from fleecing.nbd.uri import NbdUri
-from fleecing.pull.engine import PullOptions, pull
+from fleecing.pull.engine import pull
+from fleecing.pull.options import PullOptions
 from fleecing.pull.target import RawTarget
 from tests.client.servers import cutting
 from tests.images import KIB, MIB, make_image, make_sparse, padded, random_bytes

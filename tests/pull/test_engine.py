@@ -17,7 +17,9 @@ from fleecing.nbd.constants import BASE_ALLOCATION, Cmd, NbdError, ReplyMode, Tr
 from fleecing.nbd.handshake import Agreement
 from fleecing.nbd.transmission import EXTENDED_REQUEST, block_status_reply, data_header, done_reply, error_reply
 from fleecing.nbd.uri import NbdUri
-from fleecing.pull.engine import CLUSTER_STATE, Progress, PullOptions, PullReport, Trim, pull
+from fleecing.pull.engine import pull
+from fleecing.pull.options import Progress, PullOptions, PullReport, Trim
+from fleecing.pull.source import CLUSTER_STATE
 from fleecing.pull.target import RawTarget, Target
 from tests.client.servers import FLAGS, activated, nbd_server, nbdkit, scripted, take
 from tests.peers import run

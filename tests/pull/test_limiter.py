@@ -11,8 +11,9 @@ import pytest
 from fleecing.client.request import Request
 from fleecing.nbd.constants import Cmd, TransmissionFlag
 from fleecing.pull.any_source import AnyConnection
-from fleecing.pull.engine import PullOptions, copy
+from fleecing.pull.engine import copy
 from fleecing.pull.limiter import Bandwidth
+from fleecing.pull.options import PullOptions
 from fleecing.pull.plan import StatusCall
 from fleecing.pull.target import RawTarget
 from fleecing.units import KiB, MiB

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from fleecing.client.connection import Connection
 from fleecing.pull import engine
-from fleecing.pull.engine import Progress, PullOptions, PullReport, pull
+from fleecing.pull.engine import pull
 from fleecing.pull.limiter import Bandwidth
 from fleecing.pull.need import Crowd, Depth
+from fleecing.pull.options import Progress, PullOptions, PullReport
 from fleecing.pull.source import Source
 from fleecing.pull.target import RawTarget
 from tests.client.servers import nbdkit

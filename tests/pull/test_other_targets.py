@@ -18,8 +18,9 @@ from fleecing.nbd.client_handshake import ExportRefused
 from fleecing.nbd.constants import TransmissionFlag
 from fleecing.nbd.handshake import Agreement
 from fleecing.nbd.uri import NbdUri
-from fleecing.pull.engine import PullOptions, pull
+from fleecing.pull.engine import pull
 from fleecing.pull.nbd_target import NbdTarget
+from fleecing.pull.options import PullOptions
 from fleecing.pull.stream_target import WINDOW, StreamTarget
 from fleecing.units import KiB, MiB
 from tests.client.servers import FLAGS, TIMEOUT, activated, cutting, nbdkit, scripted, served, shake_hands

@@ -17,9 +17,10 @@ from fleecing.errors import FleecingError
 from fleecing.nbd.client_handshake import ExportRefused
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.connecting import connect_unless
-from fleecing.pull.engine import Check, Progress, PullOptions, PullReport, pull
+from fleecing.pull.engine import pull
 from fleecing.pull.journal import Journal
 from fleecing.pull.limiter import Bandwidth
+from fleecing.pull.options import Check, Progress, PullOptions, PullReport
 from fleecing.pull.qcow2_codec import Compression
 from fleecing.pull.qcow2_target import Qcow2Options, Qcow2Target
 from fleecing.pull.target import RawTarget

@@ -11,8 +11,9 @@ import pytest
 from fleecing.errors import ImageError, RequestError
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.destination import Destination, Format
-from fleecing.pull.engine import Check, Progress, PullOptions, PullReport, pull
+from fleecing.pull.engine import pull
 from fleecing.pull.limiter import Bandwidth
+from fleecing.pull.options import Check, Progress, PullOptions, PullReport
 from fleecing.pull.target import PART
 from fleecing.units import KiB, MiB
 from tests.client.servers import nbdkit
@@ -22,7 +23,7 @@ from tests.peers import run
 
 SIZE = 60 * MiB
 
-needs_disk = pytest.mark.skipif(not CAN_FAIL, reason="takes root and /dev/fuse")
+needs_disk = pytest.mark.skipif(not CAN_FAIL, reason="takes root")
 forms = pytest.mark.parametrize("form", list(Format))
 
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleecing.errors import RequestError
-from fleecing.pull.engine import PullOptions, pull
+from fleecing.pull.engine import pull
+from fleecing.pull.options import PullOptions
 from fleecing.pull.plan import CLEAN
 from fleecing.pull.source import Source, merge
 from fleecing.pull.target import RawTarget

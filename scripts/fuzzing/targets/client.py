@@ -26,7 +26,8 @@ from fleecing.nbd.constants import (
 from fleecing.nbd.handshake import ExportInfo, ServerHandshake
 from fleecing.nbd.transmission import CHUNK, EXTENDED_CHUNK, block_status_reply, data_header, done_reply, error_reply
 from fleecing.nbd.uri import NbdUri
-from fleecing.pull.engine import PullOptions, pull
+from fleecing.pull.engine import pull
+from fleecing.pull.options import PullOptions
 from fleecing.pull.target import RawTarget
 from fleecing.units import KiB, MiB
 from scripts.fuzzing.damage import apply, edits
