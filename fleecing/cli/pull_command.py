@@ -73,7 +73,7 @@ Examples:
 @click.option(
     "--connections",
     type=click.IntRange(1, 64),
-    help=f"To the server; else one a CPU, up to 4, and up to {MOST_CONNECTIONS} where that is seen to help.",
+    help=f"To the server; else one a CPU, up to 4; for other than snapshots up to {MOST_CONNECTIONS} as they help.",
 )
 @click.option(
     "--depth",

@@ -46,7 +46,7 @@ class PullOptions:
     """`piece` in bytes, `timeout` in seconds for each answer; `connections` only where the export can share them.
 
     `most_connections` and `most_depth`: how many there may be where the copy is seen to wait for lack of them; 0: no
-    more than to begin with, and so it is where there is a `bandwidth`.
+    more than to begin with, and so it is where there is a `bandwidth`, and for connections to a snapshot of ours.
     `reconnect`: for how many seconds without an answer a lost connection is tried again; 0 = a loss is the end.
     `bandwidth` may be changed meanwhile; pieces get small where it is. `bitmap`: see Source.
     """

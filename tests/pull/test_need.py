@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleecing.client.connection import Connection
+from fleecing.nbd.uri import NbdUri
 from fleecing.pull import engine
 from fleecing.pull.engine import pull
 from fleecing.pull.limiter import Bandwidth
@@ -216,3 +217,20 @@ def test_nobody_waits_for_a_further_connection_that_is_not_answered(
         assert asked.is_set()
     finally:
         over.set()
+
+
+class SnapshotSource(Source):
+    """An export that passes for a snapshot of ours."""
+
+    def __init__(self, uri: NbdUri, *, timeout: float, bitmap: str | None = None) -> None:
+        super().__init__(uri, timeout=timeout, bitmap=bitmap)
+        self.is_snapshot = True
+
+
+def test_a_snapshot_s_server_has_a_machine_to_serve_and_gets_no_further_connection(
+    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else tells: as `test_a_pull_from_a_server_of_one_thread_has_more_connections`, which gets them."""
+    monkeypatch.setattr(engine, "GROW_SECONDS", 0.3)
+    monkeypatch.setattr(engine, "Source", SnapshotSource)
+    assert copied(tmp_path, image, GROWING, "-t", "1", interval=0.05).connections == 2
