@@ -34,6 +34,21 @@ def test_a_pull_imports_no_server() -> None:
     assert not any(name.startswith("fleecing.server") for name in imported)
 
 
+_COLLECTED = """
+import gc, click
+from fleecing.cli.main import main
+before = gc.get_stats()
+main.get_command(click.Context(main), "serve")
+print(gc.isenabled(), [now["collections"] - then["collections"] for then, now in zip(before, gc.get_stats())])
+print(gc.get_freeze_count() > 10000)
+"""
+
+
+def test_modules_are_no_garbage_to_be_looked_for() -> None:
+    """With collections, `serve` imported for 88 ms longer."""
+    assert run(sys.executable, "-c", _COLLECTED).split("\n") == ["True [0, 0, 0]", "True", ""]
+
+
 def test_every_command_is_where_the_table_says() -> None:
     context = click.Context(main)
     for word in main.list_commands(context):
