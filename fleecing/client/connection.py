@@ -68,6 +68,8 @@ class Connection:
         self.preferred_block = agreement.preferred_block
         self.maximum_payload = agreement.maximum_payload
         self._reader = ReplyReader(self.mode, {number: name for name, number in agreement.contexts.items()})
+        self.waited = 0.0
+        """Seconds in which there was nothing to do but wait for the server, until now."""
         self._next_cookie = 1
         self._sending = False
         self._failure: str | None = None
@@ -296,8 +298,10 @@ class Connection:
     def _ready(self, events: int, deadline: float) -> int:
         """What of `events` the socket is ready for (errors and hang-ups too). Raises TimeoutError at the deadline."""
         self._poll.modify(self._socket, events)
-        left = deadline - time.monotonic()
+        began = time.monotonic()
+        left = deadline - began
         ready = self._poll.poll(left * 1000) if left > 0 else []
+        self.waited += time.monotonic() - began
         if not ready:
             raise self._too_late()
         return ready[0][1]

@@ -30,6 +30,10 @@ class AnyConnection(Protocol):
     def is_lost(self) -> bool:
         """Another connection may mend what failed here."""
 
+    @property
+    def waited(self) -> float:
+        """Seconds in which it had nothing to do but wait for the other end, until now."""
+
     def can(self, flag: TransmissionFlag) -> bool: ...
 
     def submit_read(self, offset: int, buffer: bytearray | memoryview) -> Request:

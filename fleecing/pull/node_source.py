@@ -36,6 +36,7 @@ class NodeConnection:
         self.minimum_block = 1
         self.preferred_block = node.cluster_size
         self.maximum_payload = _LARGEST
+        self.waited = 0.0  # a call does the work itself
         self.is_lost = False  # a node is never lost: what fails here fails for good
 
     def can(self, flag: TransmissionFlag) -> bool:

@@ -75,8 +75,8 @@ class Worker:
         self._buffers = [bytearray(shared.piece) for _ in range(shared.depth)]
         self._on_the_way: dict[int, tuple[Piece, bytearray, float]] = {}
         self._depth = Depth(shared.depth, shared.most_depth)
-        self.waited = 0.0
-        """Seconds in which there was nothing to do but wait for the server."""
+        self._waited_before = 0.0
+        """By connections that are lost."""
         self._lost_at: float | None = None
         self._at_target = False
         """The target, or the journal, is at work: what fails now is no matter of the source's connection."""
@@ -110,10 +110,8 @@ class Worker:
 
     def _take_answer(self) -> None:
         """Whichever comes first. Raises its error."""
-        began, used = time.monotonic(), time.thread_time()
         request = self._connection.next_finished()
         now = time.monotonic()
-        self.waited += now - began - (time.thread_time() - used)
         if request.error is not None:
             raise request.error
         self._lost_at = None
@@ -133,6 +131,11 @@ class Worker:
     def depth(self) -> int:
         """Requests that may be in flight."""
         return self._depth.now
+
+    @property
+    def waited(self) -> float:
+        """Seconds in which there was nothing to do but wait for the server."""
+        return self._waited_before + self._connection.waited
 
     def _wait_for_room(self) -> None:
         """The target takes nothing further on before others have written what comes first."""
@@ -242,5 +245,6 @@ class Worker:
                 raise cause
             delay = min(2 * delay, _LAST_DELAY)
         shared.adopt(self._connection, connection)
+        self._waited_before += self._connection.waited
         self._connection = connection
         self._ask = shared.source.status_call(connection)

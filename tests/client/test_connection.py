@@ -137,6 +137,15 @@ def test_replies_in_another_order_than_the_requests(tmp_path: Path) -> None:
         assert [connection.next_finished() for _ in range(2)] == [write, read]
 
 
+def test_the_wait_for_the_server_is_told(tmp_path: Path) -> None:
+    server = nbdkit(tmp_path, "--filter=delay", "memory", "16M", "rdelay=200ms")
+    with server as uri, connect(uri, timeout=TIMEOUT) as connection:
+        connection.write(0, b"x")
+        before = connection.waited
+        connection.read(0, 4096)
+        assert connection.waited - before > 0.15
+
+
 def test_a_servers_error_leaves_the_connection_alive(tmp_path: Path) -> None:
     script = ("get_size=echo 1048576", "pread=echo EIO the platter is cracked >&2; exit 1")
     with nbdkit(tmp_path, "eval", *script) as uri, connect(uri, timeout=TIMEOUT) as connection:

@@ -44,6 +44,7 @@ class Memory:
     uri = peer = "memory"
     bitmap = None
     is_snapshot = is_lost = False
+    waited = 0.0
     may_share = True
     minimum_block, preferred_block, maximum_payload = 1, 64 * KiB, 32 * MiB
 
