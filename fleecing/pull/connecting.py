@@ -1,7 +1,7 @@
-"""Making a connection for a pull that may be stopped meanwhile.
+"""Making a connection for a pull that may be stopped meanwhile, or through.
 
 Nothing cuts short the search for a name, a network that swallows packets, or a server that takes the connection and
-says nothing. So a thread of its own waits for it, and nobody waits for that thread once the pull has been stopped.
+says nothing. So a thread of its own waits for it, and nobody waits for that thread once there is no use in it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from threading import Event, Lock, Thread
 from typing import Final, Generic, Protocol, TypeVar
 
 _POLL_SECONDS: Final = 0.1
-"""How often who waits looks whether the pull has been stopped."""
+"""How often who waits looks whether there is still any use in it."""
 
 
 class _Closable(Protocol):
@@ -21,14 +21,14 @@ class _Closable(Protocol):
 Made = TypeVar("Made", bound=_Closable)
 
 
-def connect_unless(stopped: Event, connect: Callable[[], Made]) -> Made:
-    """What `connect` makes, or the error that it raises; ConnectionError once `stopped` is set before it returns."""
+def connect_unless(is_over: Callable[[], bool], connect: Callable[[], Made]) -> Made:
+    """What `connect` makes, or the error that it raises; ConnectionError once `is_over()` is true before it returns."""
     attempt = _Attempt(connect)
     attempt.start()
     while not attempt.ended.wait(_POLL_SECONDS):
-        if stopped.is_set():
+        if is_over():
             attempt.give_up()
-            raise ConnectionError("the pull was stopped")
+            raise ConnectionError("nobody needs the connection any more")
     return attempt.result()
 
 

@@ -187,6 +187,7 @@ class _Pull:
         stays = options.bandwidth is not None or source.is_snapshot
         self._most_connections = 0 if stays else options.most_connections
         self._workers: list[Worker] = []
+        self._at_work: set[Worker] = set()
         self.reconnect = options.reconnect
         self.bandwidth = options.bandwidth
         self.check = _CHECKS[options.check]
@@ -226,6 +227,7 @@ class _Pull:
         with ThreadPoolExecutor(threads, thread_name_prefix="pull") as pool:
             try:
                 self._workers += [Worker(self, connection) for connection in self._connections]
+                self._at_work.update(self._workers)
                 running = {pool.submit(worker.run) for worker in self._workers}
                 while running:
                     ended, running = wait(running, timeout=interval, return_when=FIRST_EXCEPTION)
@@ -264,7 +266,7 @@ class _Pull:
     def _join(self) -> None:
         """One more connection, and its work; where there is none to be had, the others do it all."""
         try:
-            connection = connect_unless(self._is_enough, self.source.connect)
+            connection = connect_unless(self._is_enough.is_set, self.source.connect)
         except (OSError, FleecingError) as e:
             log.info("no further connection: %s", e)
             return
@@ -272,8 +274,9 @@ class _Pull:
             self._connections.append(connection)
             if self.stopped.is_set():
                 connection.abort()
-        worker = Worker(self, connection)
-        self._workers.append(worker)
+            worker = Worker(self, connection)
+            self._workers.append(worker)
+            self._at_work.add(worker)
         log.info("%s: %d connections", self.source.uri, len(self._workers))
         worker.run()
 
@@ -324,6 +327,25 @@ class _Pull:
             given = min(wanted, self._room)
             self._room -= given
         return given
+
+    def ends(self, worker: Worker) -> bool:
+        """Whether nothing is left for it to do; then it is not counted among those at work any more."""
+        with self._lock:
+            if self.plan.exhausted:
+                self._at_work.discard(worker)
+                return True
+            return False
+
+    def leaves(self, worker: Worker) -> bool:
+        """Whether others are at work, who do what it has put back; then it is not counted among them any more.
+
+        Together with `ends`: none of them ends before it has looked, after this, what is left.
+        """
+        with self._lock:
+            if self._at_work == {worker}:
+                return False
+            self._at_work.discard(worker)
+            return True
 
     def adopt(self, old: AnyConnection, new: AnyConnection) -> None:
         """`new` takes the place of `old`; when the pull has been stopped meanwhile, it is cut at once."""

@@ -58,7 +58,7 @@ class NbdTarget(Target):
             return self._first
         connection: Connection | None = getattr(self._local, "connection", None)
         if connection is None:
-            connection = connect_unless(self._cancelled, lambda: connect(self._uri, timeout=self._timeout))
+            connection = connect_unless(self._cancelled.is_set, lambda: connect(self._uri, timeout=self._timeout))
             self._local.connection = connection
             with self._lock:
                 self._connections.append(connection)

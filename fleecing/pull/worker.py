@@ -55,6 +55,12 @@ class Shared(Protocol):
     def room(self, wanted: int) -> int:
         """For how many more buffers there is memory, at most `wanted`; they are the caller's from now on."""
 
+    def ends(self, worker: Worker) -> bool:
+        """Whether nothing is left to do."""
+
+    def leaves(self, worker: Worker) -> bool:
+        """Whether others do without it what is left."""
+
     def adopt(self, old: AnyConnection, new: AnyConnection) -> None:
         """`new` takes the place of `old`."""
 
@@ -91,7 +97,8 @@ class Worker:
                     raise
                 log.info("%s, connecting again", e)
                 self._put_all_back()
-                self._connect_again(e)
+                if not self._connect_again(e):
+                    return
 
     def _work(self) -> None:
         while True:
@@ -103,7 +110,7 @@ class Worker:
                 self._start(piece, self._buffers.pop())
             if self._on_the_way:
                 self._take_answer()
-            elif self._shared.plan.exhausted:
+            elif self._shared.ends(self):
                 return
             else:
                 self._wait_for_room()
@@ -221,8 +228,11 @@ class Worker:
             self._buffers.append(buffer)
         self._on_the_way.clear()
 
-    def _connect_again(self, cause: Exception) -> None:
-        """A new connection, within `reconnect` seconds since the last answer. Raises `cause` where there is none."""
+    def _connect_again(self, cause: Exception) -> bool:
+        """A new connection, within `reconnect` seconds since the last answer. False: the others do without.
+
+        Raises `cause` where there is neither.
+        """
         shared = self._shared
         now = time.monotonic()
         if self._lost_at is None:
@@ -233,8 +243,10 @@ class Worker:
         while connection is None:
             if shared.stopped.wait(min(delay, max(0.0, deadline - time.monotonic()))):
                 raise cause
+            if shared.ends(self):
+                return False
             try:
-                connection = connect_unless(shared.stopped, shared.source.connect)
+                connection = connect_unless(self._is_over, shared.source.connect)
             except ExportRefused as e:
                 if e.reply is not None:
                     raise
@@ -242,9 +254,16 @@ class Worker:
             except (OSError, ProtocolError) as e:
                 log.debug("! %s", e)
             if connection is None and time.monotonic() >= deadline:
-                raise cause
+                if not shared.leaves(self):
+                    raise cause
+                log.info("%s; the other connections go on", cause)
+                return False
             delay = min(2 * delay, _LAST_DELAY)
         shared.adopt(self._connection, connection)
         self._waited_before += self._connection.waited
         self._connection = connection
         self._ask = shared.source.status_call(connection)
+        return True
+
+    def _is_over(self) -> bool:
+        return self._shared.stopped.is_set() or self._shared.plan.exhausted

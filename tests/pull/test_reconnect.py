@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from fleecing.client.connection import Connection
 from fleecing.errors import FleecingError
 from fleecing.nbd.client_handshake import ExportRefused
 from fleecing.nbd.uri import NbdUri
@@ -23,6 +24,7 @@ from fleecing.pull.limiter import Bandwidth
 from fleecing.pull.options import Check, Progress, PullOptions, PullReport
 from fleecing.pull.qcow2_codec import Compression
 from fleecing.pull.qcow2_target import Qcow2Options, Qcow2Target
+from fleecing.pull.source import Source
 from fleecing.pull.target import RawTarget
 from fleecing.units import KiB, MiB
 from tests.client.servers import FLAGS, activated, cutting, nbd_server, nbdkit, served, shake_hands, take
@@ -164,6 +166,63 @@ def test_a_server_that_never_comes_back_is_an_error_after_a_while(tmp_path: Path
     assert not (tmp_path / "copy").exists()
 
 
+@pytest.mark.parametrize("reconnect", [0.2, 3600.0])
+def test_a_connection_that_cannot_come_back_is_no_loss_where_another_has_all_the_rest(
+    tmp_path: Path, image: Path, reconnect: float
+) -> None:
+    """With a short time the other one goes on when it is over, with a long one nobody waits for it at the end."""
+    (tmp_path / "relay").mkdir()
+    budgets = [MiB, 1 << 62] + [0] * 1000
+    slowly = replace(COMES_BACK, connections=2, reconnect=reconnect, bandwidth=Bandwidth(10 * MiB))
+    with (
+        nbdkit(tmp_path, "-r", "file", str(image)) as inner,
+        cutting(tmp_path / "relay", inner, budgets) as uri,
+    ):
+        report = pull_raw(tmp_path / "copy", uri, slowly)
+    assert (tmp_path / "copy").read_bytes() == image.read_bytes()
+    assert report.reconnects == 0
+    assert len(budgets) < 1000  # it was tried
+
+
+def test_nobody_waits_for_a_server_that_says_nothing_when_another_connection_has_had_all(
+    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, over, connect = threading.Event(), threading.Event(), Source.connect
+    first = [True]
+
+    def silent(source: Source) -> Connection:
+        if first and first.pop():
+            return connect(source)
+        asked.set()
+        assert over.wait(60)
+        raise ConnectionError("too late")
+
+    monkeypatch.setattr(Source, "connect", silent)
+    (tmp_path / "relay").mkdir()
+    slowly = replace(COMES_BACK, connections=2, timeout=3600, reconnect=3600, bandwidth=Bandwidth(10 * MiB))
+    try:
+        with (
+            nbdkit(tmp_path, "-r", "file", str(image)) as inner,
+            cutting(tmp_path / "relay", inner, [MiB]) as uri,
+        ):
+            pull_raw(tmp_path / "copy", uri, slowly)
+        assert asked.is_set()
+    finally:
+        over.set()
+    assert (tmp_path / "copy").read_bytes() == image.read_bytes()
+
+
+def test_connections_that_are_all_lost_for_good_are_an_error(tmp_path: Path, image: Path) -> None:
+    (tmp_path / "relay").mkdir()
+    with (
+        nbdkit(tmp_path, "-r", "file", str(image)) as inner,
+        cutting(tmp_path / "relay", inner, [MiB, 2 * MiB, 3 * MiB] + [0] * 1000) as uri,
+        pytest.raises((OSError, FleecingError), match="closed the connection"),
+    ):
+        pull_raw(tmp_path / "copy", uri, PullOptions(connections=3, reconnect=0.2, piece=256 * KiB))
+    assert not (tmp_path / "copy").exists()
+
+
 def test_another_snapshot_of_the_same_name_is_not_taken_for_the_first(
     serve: Serve, tmp_path: Path, image: Path
 ) -> None:
@@ -251,8 +310,8 @@ def test_a_connection_that_comes_when_the_pull_has_been_stopped_is_closed() -> N
         comes.wait()
         return late
 
-    with pytest.raises(ConnectionError, match="the pull was stopped"):
-        connect_unless(stopped, connect)
+    with pytest.raises(ConnectionError, match="nobody needs"):
+        connect_unless(stopped.is_set, connect)
     assert not late.closed.is_set()
     comes.set()
     assert late.closed.wait(60)
