@@ -187,7 +187,7 @@ class _Pull:
         stays = options.bandwidth is not None or source.is_snapshot
         self._most_connections = 0 if stays else options.most_connections
         self._workers: list[Worker] = []
-        self._at_work: set[Worker] = set()
+        self._present = len(connections)  # workers whose connections are there, or may come back
         self.reconnect = options.reconnect
         self.bandwidth = options.bandwidth
         self.check = _CHECKS[options.check]
@@ -211,7 +211,7 @@ class _Pull:
         self._resumed = sum(end - start for start, end in done)
         if journal is not None and self.trims:
             for piece in journal.untrimmed():
-                self.plan.put_back(piece)
+                self.plan.add(piece)
         self._room = MOST_MEMORY // self.piece
         self._lock = Lock()
         self._data = 0
@@ -227,7 +227,6 @@ class _Pull:
         with ThreadPoolExecutor(threads, thread_name_prefix="pull") as pool:
             try:
                 self._workers += [Worker(self, connection) for connection in self._connections]
-                self._at_work.update(self._workers)
                 running = {pool.submit(worker.run) for worker in self._workers}
                 while running:
                     ended, running = wait(running, timeout=interval, return_when=FIRST_EXCEPTION)
@@ -276,7 +275,7 @@ class _Pull:
                 connection.abort()
             worker = Worker(self, connection)
             self._workers.append(worker)
-            self._at_work.add(worker)
+            self._present += 1
         log.info("%s: %d connections", self.source.uri, len(self._workers))
         worker.run()
 
@@ -328,23 +327,12 @@ class _Pull:
             self._room -= given
         return given
 
-    def ends(self, worker: Worker) -> bool:
-        """Whether nothing is left for it to do; then it is not counted among those at work any more."""
+    def leave(self) -> bool:
+        """A worker that has nothing in hand may go, for others do the rest. False: it is the last one."""
         with self._lock:
-            if self.plan.exhausted:
-                self._at_work.discard(worker)
-                return True
-            return False
-
-    def leaves(self, worker: Worker) -> bool:
-        """Whether others are at work, who do what it has put back; then it is not counted among them any more.
-
-        Together with `ends`: none of them ends before it has looked, after this, what is left.
-        """
-        with self._lock:
-            if self._at_work == {worker}:
+            if self._present == 1:
                 return False
-            self._at_work.discard(worker)
+            self._present -= 1
             return True
 
     def adopt(self, old: AnyConnection, new: AnyConnection) -> None:

@@ -69,6 +69,7 @@ class Plan:
         self._gaps = deque(_gaps(size, done))
         self._runs: deque[_Run] = deque()
         self._returned: deque[Piece] = deque()
+        self._out = 0  # pieces that are being dealt with
         self.clean = 0
         """Bytes found until now that have not changed."""
 
@@ -81,6 +82,7 @@ class Plan:
         """
         with self._lock:
             if self._returned:
+                self._out += 1
                 return self._returned.popleft()
             while not self._runs:
                 if not self._gaps:
@@ -94,18 +96,39 @@ class Plan:
                 self._runs.popleft()
             else:
                 self._runs[0] = _Run(run.offset + length, run.length - length, run.is_zero)
+            self._out += 1
             return Piece(run.offset, length, run.is_zero)
+
+    def done(self) -> bool:
+        """A piece that was taken needs nothing any more. True where that was all, see `is_over`."""
+        with self._lock:
+            self._out -= 1
+            return self._is_over()
+
+    def add(self, piece: Piece) -> None:
+        """One more, which comes first."""
+        with self._lock:
+            self._returned.append(piece)
 
     def put_back(self, piece: Piece) -> None:
         """The piece could not be dealt with, or its TRIM is missing: it comes first again."""
         with self._lock:
+            self._out -= 1
             self._returned.append(piece)
 
     @property
     def exhausted(self) -> bool:
-        """Nothing is left to take, unless something is put back."""
+        """Nothing is left to take, unless something is put back. Never waits, not even for who asks."""
+        return not (self._returned or self._runs or self._gaps)
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing is left to take, and nothing can be put back any more."""
         with self._lock:
-            return not (self._returned or self._runs or self._gaps)
+            return self._is_over()
+
+    def _is_over(self) -> bool:
+        return not (self._out or self._returned or self._runs or self._gaps)
 
     def next_offset(self) -> int:
         """No piece before this offset is left; -1 where there is none at all, or one that was put back."""

@@ -55,11 +55,8 @@ class Shared(Protocol):
     def room(self, wanted: int) -> int:
         """For how many more buffers there is memory, at most `wanted`; they are the caller's from now on."""
 
-    def ends(self, worker: Worker) -> bool:
-        """Whether nothing is left to do."""
-
-    def leaves(self, worker: Worker) -> bool:
-        """Whether others do without it what is left."""
+    def leave(self) -> bool:
+        """A worker that has nothing in hand may go, for others do the rest. False: it is the last one."""
 
     def adopt(self, old: AnyConnection, new: AnyConnection) -> None:
         """`new` takes the place of `old`."""
@@ -84,6 +81,7 @@ class Worker:
         self._waited_before = 0.0
         """By connections that are lost."""
         self._lost_at: float | None = None
+        self._delay = _FIRST_DELAY
         self._at_target = False
         """The target, or the journal, is at work: what fails now is no matter of the source's connection."""
 
@@ -98,6 +96,7 @@ class Worker:
                 log.info("%s, connecting again", e)
                 self._put_all_back()
                 if not self._connect_again(e):
+                    self._connection.close()
                     return
 
     def _work(self) -> None:
@@ -110,10 +109,10 @@ class Worker:
                 self._start(piece, self._buffers.pop())
             if self._on_the_way:
                 self._take_answer()
-            elif self._shared.ends(self):
+            elif self._shared.plan.is_over:
                 return
             else:
-                self._wait_for_room()
+                self._wait_for_more()
 
     def _take_answer(self) -> None:
         """Whichever comes first. Raises its error."""
@@ -121,7 +120,7 @@ class Worker:
         now = time.monotonic()
         if request.error is not None:
             raise request.error
-        self._lost_at = None
+        self._is_back()
         self._measure(request, now)
         self._answered(request)
 
@@ -144,17 +143,31 @@ class Worker:
         """Seconds in which there was nothing to do but wait for the server."""
         return self._waited_before + self._connection.waited
 
-    def _wait_for_room(self) -> None:
-        """The target takes nothing further on before others have written what comes first."""
+    def _wait_for_more(self) -> None:
+        """Others have the rest in hand, and may lose it; or the target takes nothing further on before it has that."""
+        self._is_back()  # as far as can be told: nothing is asked
         shared = self._shared
         with shared.changed:
-            shared.changed.wait_for(lambda: shared.stopped.is_set() or self._has_room(), timeout=1.0)
+            shared.changed.wait_for(lambda: shared.stopped.is_set() or self._may_go_on(), timeout=1.0)
         if shared.stopped.is_set():
             raise ConnectionError("the pull was stopped")
 
-    def _has_room(self) -> bool:
+    def _may_go_on(self) -> bool:
+        plan = self._shared.plan
+        if plan.exhausted:
+            return plan.is_over
         limit = self._shared.target.limit()
-        return limit is None or self._shared.plan.next_offset() < limit
+        return limit is None or plan.next_offset() < limit
+
+    def _done(self, buffer: bytearray) -> None:
+        """A piece needs nothing any more."""
+        self._buffers.append(buffer)
+        if self._shared.plan.done():
+            self._tell_others()
+
+    def _tell_others(self) -> None:
+        with self._shared.changed:
+            self._shared.changed.notify_all()
 
     def _start(self, piece: Piece, buffer: bytearray) -> None:
         shared = self._shared
@@ -202,7 +215,7 @@ class Worker:
             self._kept(piece, buffer, NO_CHECK if self._shared.check is None else self._shared.check(data))
         else:
             self._shared.trimmed(piece)
-            self._buffers.append(buffer)
+            self._done(buffer)
 
     def _kept(self, piece: Piece, buffer: bytearray, check: bytes) -> None:
         """The target has the piece: trim it, or be done with it."""
@@ -211,7 +224,7 @@ class Worker:
         if self._shared.trims:
             self._send(piece._replace(is_kept=True), buffer)
         else:
-            self._buffers.append(buffer)
+            self._done(buffer)
 
     # After a loss
 
@@ -227,23 +240,34 @@ class Worker:
             self._shared.plan.put_back(piece)
             self._buffers.append(buffer)
         self._on_the_way.clear()
+        self._tell_others()
+
+    def _is_back(self) -> None:
+        self._lost_at = None
+        self._delay = _FIRST_DELAY
 
     def _connect_again(self, cause: Exception) -> bool:
-        """A new connection, within `reconnect` seconds since the last answer. False: the others do without.
+        """A new connection, within `reconnect` seconds since the last answer. False: it is not needed.
 
-        Raises `cause` where there is neither.
+        Raises `cause` where there is none, and no other worker.
         """
         shared = self._shared
         now = time.monotonic()
         if self._lost_at is None:
             self._lost_at = now
         deadline = self._lost_at + shared.reconnect
-        delay = _FIRST_DELAY
         connection: AnyConnection | None = None
         while connection is None:
-            if shared.stopped.wait(min(delay, max(0.0, deadline - time.monotonic()))):
+            left = deadline - time.monotonic()
+            if left < 0 and not shared.plan.is_over:
+                if not shared.leave():
+                    raise cause
+                log.info("%s; the other connections go on", cause)
+                return False
+            if shared.stopped.wait(min(self._delay, max(0.0, left))):
                 raise cause
-            if shared.ends(self):
+            self._delay = min(2 * self._delay, _LAST_DELAY)
+            if shared.plan.is_over:
                 return False
             try:
                 connection = connect_unless(self._is_over, shared.source.connect)
@@ -253,17 +277,11 @@ class Worker:
                 log.debug("! %s", e)
             except (OSError, ProtocolError) as e:
                 log.debug("! %s", e)
-            if connection is None and time.monotonic() >= deadline:
-                if not shared.leaves(self):
-                    raise cause
-                log.info("%s; the other connections go on", cause)
-                return False
-            delay = min(2 * delay, _LAST_DELAY)
-        shared.adopt(self._connection, connection)
-        self._waited_before += self._connection.waited
-        self._connection = connection
+        old, self._connection = self._connection, connection
+        self._waited_before += old.waited
+        shared.adopt(old, connection)
         self._ask = shared.source.status_call(connection)
         return True
 
     def _is_over(self) -> bool:
-        return self._shared.stopped.is_set() or self._shared.plan.exhausted
+        return self._shared.stopped.is_set() or self._shared.plan.is_over
