@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Final, Self
 
 from fleecing.client.replies import ReplyReader
-from fleecing.client.request import Extents, Request
+from fleecing.client.request import Extents, MakeBuffer, Request
 from fleecing.client.tls import TlsSocket
 from fleecing.errors import FleecingError, RequestError
 from fleecing.nbd.client_handshake import ClientAgreement
@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 
 MAX_COMPACT_LENGTH: Final = (1 << 32) - 1
 """The longest request without extended headers, in bytes."""
+
+_BUFFERED: Final = 1 << 18
+"""Bytes: more do not come in one receive, as a rule. Where more are wanted, what is behind them needs no place yet."""
 
 _FUA: Final = int(CmdFlag.FUA)
 _NO_HOLE: Final = int(CmdFlag.NO_HOLE)
@@ -107,6 +110,14 @@ class Connection:
         not (docs/read-once.md); the context READ_ONCE must have been selected.
         """
         return self._submit(Cmd.READ, offset, len(buffer), _READ_ONCE * once, buffer=memoryview(buffer))
+
+    def submit_late_read(self, offset: int, length: int, make_buffer: MakeBuffer) -> Request:
+        """The same, but the buffer is made when its first bytes come, and is found in the request once it is finished.
+
+        Requests that wait for their turn at the server take no memory, and a buffer that was just emptied, and is in
+        the CPU's cache, can be the next that is filled. Any call of this connection may call `make_buffer`.
+        """
+        return self._submit(Cmd.READ, offset, length, make_buffer=make_buffer)
 
     def submit_write(self, offset: int, data: Buffer, *, fua: bool = False) -> Request:
         """Write `data`, at most `maximum_payload` bytes; it is sent when this returns and may be changed then."""
@@ -210,6 +221,7 @@ class Connection:
         flags: int = 0,
         *,
         buffer: memoryview | None = None,
+        make_buffer: MakeBuffer | None = None,
         payload: Buffer | None = None,
     ) -> Request:
         self._check(command, offset, length, flags)
@@ -217,7 +229,7 @@ class Connection:
             flags |= CmdFlag.PAYLOAD_LEN
         cookie = self._next_cookie
         self._next_cookie += 1
-        request = Request(command, cookie, offset, length, buffer)
+        request = Request(command, cookie, offset, length, buffer, make_buffer)
         log.debug("> %s: %r, cookie %d", self.peer, request, cookie)
         header = request_header(self.mode, flags, command, cookie, offset, length)
         self._reader.in_flight[cookie] = request
@@ -286,8 +298,12 @@ class Connection:
 
     def _take(self) -> bool:
         """One receive; False where nothing is there yet."""
+        targets = self._reader.targets()
         try:
-            count = self._socket.recvmsg_into(self._reader.targets())[0]
+            if len(targets[0]) > _BUFFERED:
+                count = self._socket.recv_into(targets[0])
+            else:
+                count = self._socket.recvmsg_into(targets)[0]
         except BlockingIOError:
             return False
         if not count:

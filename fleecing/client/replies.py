@@ -34,8 +34,10 @@ from fleecing.nbd.constants import (
 )
 from fleecing.nbd.transmission import (
     CHUNK,
+    DATA_CHUNK,
     ERROR,
     EXTENDED_CHUNK,
+    EXTENDED_DATA_CHUNK,
     OFFSET_DATA,
     OFFSET_HOLE,
     SIMPLE_REPLY,
@@ -62,6 +64,7 @@ _MAGIC: Final = Struct(">I")
 _EXTENT: Final = Struct(">II")
 _EXTENT_EXT: Final = Struct(">QQ")
 _DONE: Final = int(ReplyFlag.DONE)
+_DATA: Final = int(ReplyType.OFFSET_DATA)
 _MAX_ERROR_PAYLOAD: Final = ERROR.size + MAX_STRING + OFFSET_DATA.size
 
 
@@ -77,6 +80,7 @@ class ReplyReader:
         self._extended = mode is ReplyMode.EXTENDED
         self._simple_reads = mode is ReplyMode.SIMPLE
         self._chunk_magic = _CHUNK_MAGICS.get(mode)
+        self._data_chunk = EXTENDED_DATA_CHUNK if self._extended else DATA_CHUNK
         self._contexts = contexts
         self._head = memoryview(bytearray(HEAD_SIZE))
         self._ahead = self._head[:_AHEAD]
@@ -138,14 +142,53 @@ class ReplyReader:
 
     def _cut(self) -> Iterator[None]:
         while True:
-            yield from self._need(_MAGIC.size)
-            (magic,) = _MAGIC.unpack_from(self._head, self._start)
-            if magic == self._chunk_magic:
-                yield from self._structured()
-            elif magic == SIMPLE_REPLY_MAGIC and not self._extended:
-                yield from self._simple()
-            else:
-                raise ProtocolError(f"the server sent 0x{magic:08x} where a reply should begin")
+            while self._start == self._end:
+                yield
+            found = self._data()
+            if found is None:
+                yield from self._reply()
+                continue
+            # What `_fill` does, without a generator of its own for each chunk
+            request, view, flags = found
+            ready = min(len(view), self._end - self._start)
+            view[:ready] = self._head[self._start : self._start + ready]
+            self._start += ready
+            if ready < len(view):
+                self._start = self._end = 0
+                self._direct = view[ready:]
+                while self._direct:
+                    yield
+            if flags & _DONE:
+                self._finish(request)
+
+    def _data(self) -> tuple[Request, memoryview, int] | None:
+        """The head of the commonest reply, a chunk of data, if all of it is there: where its data goes, and its flags.
+
+        None for anything else, and for whatever is wrong with it, which is left for `_reply`.
+        """
+        if self._end - self._start < self._data_chunk.size:
+            return None
+        magic, flags, kind, cookie, *rest = self._data_chunk.unpack_from(self._head, self._start)
+        if magic != self._chunk_magic or kind != _DATA or flags & ~_DONE:
+            return None
+        request = self.in_flight.get(cookie)
+        length, offset = rest[-2:]
+        if request is None or length <= OFFSET_DATA.size or (self._extended and rest[0] != request.offset):
+            return None
+        view = request.part(offset, length - OFFSET_DATA.size)
+        self._start += self._data_chunk.size
+        return request, view, flags
+
+    def _reply(self) -> Iterator[None]:
+        """One simple reply, or one chunk."""
+        yield from self._need(_MAGIC.size)
+        (magic,) = _MAGIC.unpack_from(self._head, self._start)
+        if magic == self._chunk_magic:
+            yield from self._structured()
+        elif magic == SIMPLE_REPLY_MAGIC and not self._extended:
+            yield from self._simple()
+        else:
+            raise ProtocolError(f"the server sent 0x{magic:08x} where a reply should begin")
 
     def _request(self, cookie: int) -> Request:
         request = self.in_flight.get(cookie)

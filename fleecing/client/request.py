@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect
+from collections.abc import Callable
 from typing import Final
 
 from fleecing.errors import ProtocolError, RequestError
@@ -10,6 +11,9 @@ from fleecing.nbd.constants import Cmd, NbdError
 
 Extents = list[tuple[int, int]]
 """(length in bytes, status) pairs, in order, without gaps; the first starts at the offset asked for."""
+
+MakeBuffer = Callable[[int], memoryview]
+"""Gives a buffer of so many bytes."""
 
 MAX_PIECES: Final = 1024
 """Into how many separate pieces the content of one READ may be scattered at any moment.
@@ -22,18 +26,39 @@ class Request:
     """A request and its result. `finished` turns true once; after that nothing here changes any more.
 
     `buffer` belongs to the request from its sending until `finished`: a READ is received into it, and it holds
-    anything when the request fails. `error` is None where the request succeeded. `status` has an entry for each meta
-    context; contexts may cover different lengths, none more than the request.
+    anything when the request fails. With `make_buffer` there is none before its first bytes come. `error` is None where
+    the request succeeded. `status` has an entry for each meta context; contexts may cover different lengths, none more
+    than the request.
     """
 
-    __slots__ = ("_pieces", "buffer", "command", "cookie", "error", "finished", "length", "offset", "status")
+    __slots__ = (
+        "_make_buffer",
+        "_pieces",
+        "buffer",
+        "command",
+        "cookie",
+        "error",
+        "finished",
+        "length",
+        "offset",
+        "status",
+    )
 
-    def __init__(self, command: Cmd, cookie: int, offset: int, length: int, buffer: memoryview | None = None) -> None:
+    def __init__(
+        self,
+        command: Cmd,
+        cookie: int,
+        offset: int,
+        length: int,
+        buffer: memoryview | None = None,
+        make_buffer: MakeBuffer | None = None,
+    ) -> None:
         self.command = command
         self.cookie = cookie
         self.offset = offset
         self.length = length
         self.buffer = buffer
+        self._make_buffer = make_buffer
         self.finished = False
         self.error: RequestError | None = None
         self.status: dict[str, Extents] = {}
@@ -49,7 +74,9 @@ class Request:
         """
         end = offset + length
         if self.buffer is None:
-            raise ProtocolError(f"the server sent data in answer to {self!r}")
+            if self._make_buffer is None:
+                raise ProtocolError(f"the server sent data in answer to {self!r}")
+            self.buffer = self._make_buffer(self.length)
         if offset < self.offset or end > self.offset + self.length:
             raise ProtocolError(f"the server sent {length} bytes at offset {offset} in answer to {self!r}")
         self._cover(offset, end)
@@ -58,6 +85,9 @@ class Request:
     def _cover(self, start: int, end: int) -> None:
         """Enter a piece into the sorted list of those that have come, where neighbours are one."""
         pieces = self._pieces
+        if pieces and pieces[-1][1] == start:  # as real servers do
+            pieces[-1] = (pieces[-1][0], end)
+            return
         after = bisect(pieces, (start, 0))
         before = after - 1
         if (before >= 0 and pieces[before][1] > start) or (after < len(pieces) and pieces[after][0] < end):

@@ -58,8 +58,9 @@ STATUS_EXT: Final = Struct(">II")
 STATUS_PAYLOAD: Final = Struct(">Q")
 """The payload of a BLOCK_STATUS with PAYLOAD_LEN: effect length; then u32 context ids."""
 
-_CHUNK_DATA: Final = Struct(">IHHQIQ")
-_EXTENDED_CHUNK_DATA: Final = Struct(">IHHQQQQ")
+DATA_CHUNK: Final = Struct(">IHHQIQ")
+EXTENDED_DATA_CHUNK: Final = Struct(">IHHQQQQ")
+"""A chunk's header, and OFFSET_DATA."""
 
 _WRITE: Final = int(Cmd.WRITE)
 _LAST_COMMAND: Final = int(max(Cmd))
@@ -155,10 +156,10 @@ def data_header(mode: ReplyMode, cookie: int, offset: int, length: int) -> bytes
     if length == 0:
         return done_reply(mode, cookie, offset)
     if mode is ReplyMode.STRUCTURED:
-        return _CHUNK_DATA.pack(STRUCTURED_REPLY_MAGIC, 1, 1, cookie, length + 8, offset)
+        return DATA_CHUNK.pack(STRUCTURED_REPLY_MAGIC, 1, 1, cookie, length + 8, offset)
     if mode is ReplyMode.SIMPLE:
         return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
-    return _EXTENDED_CHUNK_DATA.pack(EXTENDED_REPLY_MAGIC, 1, 1, cookie, offset, length + 8, offset)
+    return EXTENDED_DATA_CHUNK.pack(EXTENDED_REPLY_MAGIC, 1, 1, cookie, offset, length + 8, offset)
 
 
 def data_header_writer(mode: ReplyMode) -> Callable[[memoryview, int, int, int, int], None]:
@@ -167,7 +168,7 @@ def data_header_writer(mode: ReplyMode) -> Callable[[memoryview, int, int, int, 
     0.1 us less a request than making bytes and copying them.
     """
     if mode is ReplyMode.STRUCTURED:
-        pack = _CHUNK_DATA.pack_into
+        pack = DATA_CHUNK.pack_into
 
         def structured(buffer: memoryview, at: int, cookie: int, offset: int, length: int) -> None:
             pack(buffer, at, STRUCTURED_REPLY_MAGIC, 1, 1, cookie, length + 8, offset)
@@ -180,7 +181,7 @@ def data_header_writer(mode: ReplyMode) -> Callable[[memoryview, int, int, int, 
             pack_simple(buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
 
         return simple
-    pack_extended = _EXTENDED_CHUNK_DATA.pack_into
+    pack_extended = EXTENDED_DATA_CHUNK.pack_into
 
     def extended(buffer: memoryview, at: int, cookie: int, offset: int, length: int) -> None:
         pack_extended(buffer, at, EXTENDED_REPLY_MAGIC, 1, 1, cookie, offset, length + 8, offset)
@@ -194,9 +195,9 @@ def data_chunk_header(
     """What goes in front of one of several pieces of a READ's data. Not for SIMPLE, which has no pieces."""
     flags = _DONE if done else 0
     if mode is ReplyMode.STRUCTURED:
-        return _CHUNK_DATA.pack(STRUCTURED_REPLY_MAGIC, flags, _DATA, cookie, length + 8, offset)
+        return DATA_CHUNK.pack(STRUCTURED_REPLY_MAGIC, flags, _DATA, cookie, length + 8, offset)
     assert mode is ReplyMode.EXTENDED
-    return _EXTENDED_CHUNK_DATA.pack(EXTENDED_REPLY_MAGIC, flags, _DATA, cookie, request_offset, length + 8, offset)
+    return EXTENDED_DATA_CHUNK.pack(EXTENDED_REPLY_MAGIC, flags, _DATA, cookie, request_offset, length + 8, offset)
 
 
 def hole_chunk(mode: ReplyMode, cookie: int, request_offset: int, offset: int, length: int, *, done: bool) -> bytes:

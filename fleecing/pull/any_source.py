@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from fleecing.client.request import Request
+from fleecing.client.request import MakeBuffer, Request
 from fleecing.nbd.constants import TransmissionFlag
 from fleecing.pull.plan import StatusCall
 
@@ -36,8 +36,8 @@ class AnyConnection(Protocol):
 
     def can(self, flag: TransmissionFlag) -> bool: ...
 
-    def submit_read(self, offset: int, buffer: bytearray | memoryview) -> Request:
-        """Ask for len(buffer) bytes."""
+    def submit_late_read(self, offset: int, length: int, make_buffer: MakeBuffer) -> Request:
+        """Ask for `length` bytes; the buffer that they come in is made when they come."""
 
     def submit_trim(self, offset: int, length: int) -> Request:
         """Tell that the range is not needed any more."""

@@ -10,7 +10,7 @@ from typing import Final
 
 from fleecing.block.extent import Runs
 from fleecing.block.snapshot_access import SnapshotAccess
-from fleecing.client.request import Request
+from fleecing.client.request import MakeBuffer, Request
 from fleecing.nbd.constants import Cmd, TransmissionFlag
 from fleecing.pull.any_source import AnyConnection
 from fleecing.pull.plan import StatusCall
@@ -42,11 +42,12 @@ class NodeConnection:
     def can(self, flag: TransmissionFlag) -> bool:
         return flag in (TransmissionFlag.SEND_TRIM, TransmissionFlag.CAN_MULTI_CONN)
 
-    def submit_read(self, offset: int, buffer: bytearray | memoryview) -> Request:
-        """Read into `buffer`. Raises what the node raises."""
-        request = self._begin(Cmd.READ, offset, len(buffer))
+    def submit_late_read(self, offset: int, length: int, make_buffer: MakeBuffer) -> Request:
+        """Read at once. Raises what the node raises."""
+        request = self._begin(Cmd.READ, offset, length)
+        request.buffer = make_buffer(length)
         self._node.disk.turns.give_way()
-        self._node.read_into(offset, memoryview(buffer))
+        self._node.read_into(offset, request.buffer)
         return self._end(request)
 
     def submit_trim(self, offset: int, length: int) -> Request:

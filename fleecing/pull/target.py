@@ -137,9 +137,11 @@ class RawTarget(Target):
         for start, end, is_zero in zero_runs(data):
             if is_zero:
                 self.zero(offset + start, end - start)
-            else:
-                with naming(self._file.path):
-                    self._data.write(offset + start, data[start:end], waits=self.waits)
+                continue
+            try:
+                self._data.write(offset + start, data[start:end], waits=self.waits)
+            except OSError as e:
+                raise named(e, self._file.path) from e
 
     def zero(self, offset: int, length: int) -> None:
         """Nothing to do in a new file, which is all holes; else a hole, zeroes without writing, or written zeroes."""
@@ -191,6 +193,9 @@ def zero_runs(data: memoryview, unit: int = _UNIT) -> Iterator[tuple[int, int, b
     """(start, end, all zeroes) of the runs of units of `data`, equal neighbours as one."""
     start, was_zero = 0, False
     length = len(data)
+    if length and 0 not in data[::unit].tobytes():  # a byte of each tells most data from zeroes
+        yield 0, length, False
+        return
     for at in range(0, length, unit):
         end = min(at + unit, length)
         # Three bytes tell most data from zeroes without a look at the rest
@@ -233,7 +238,12 @@ def naming(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise OSError(e.errno, e.strerror, e.filename or path) from e
+        raise named(e, path) from e
+
+
+def named(error: OSError, path: str) -> OSError:
+    """The same, of this file."""
+    return OSError(error.errno, error.strerror, error.filename or path)
 
 
 def sync_folder(path: str) -> None:

@@ -15,7 +15,7 @@ from typing import Protocol
 from fleecing.client.request import Request
 from fleecing.errors import ProtocolError, RequestError
 from fleecing.nbd.client_handshake import ExportRefused
-from fleecing.nbd.constants import Cmd, NbdError
+from fleecing.nbd.constants import NbdError
 from fleecing.pull.any_source import AnyConnection, AnySource
 from fleecing.pull.connecting import connect_unless
 from fleecing.pull.journal import NO_CHECK
@@ -75,8 +75,8 @@ class Worker:
         self._shared = shared
         self._connection = connection
         self._ask = shared.source.status_call(connection)
-        self._buffers = [bytearray(shared.piece) for _ in range(shared.depth)]
-        self._on_the_way: dict[int, tuple[Piece, bytearray, float]] = {}
+        self._buffers: list[memoryview] = []
+        self._on_the_way: dict[int, tuple[Piece, float]] = {}
         self._depth = Depth(shared.depth, shared.most_depth)
         self._waited_before = 0.0
         """By connections that are lost."""
@@ -101,12 +101,12 @@ class Worker:
 
     def _work(self) -> None:
         while True:
-            while self._buffers:
+            while len(self._on_the_way) < self._depth.now:
                 piece = self._shared.plan.take(self._ask, before=self._shared.target.limit())
                 if piece is None:
                     self._depth.paused()
                     break
-                self._start(piece, self._buffers.pop())
+                self._start(piece)
             if self._on_the_way:
                 self._take_answer()
             elif self._shared.plan.is_over:
@@ -126,11 +126,9 @@ class Worker:
 
     def _measure(self, request: Request, now: float) -> None:
         """Have as many requests in flight as the way to the server needs, and there is memory for."""
-        more = self._depth.answered(request.command, self._on_the_way[request.cookie][2], now)
+        more = self._depth.answered(request.command, self._on_the_way[request.cookie][1], now)
         if more:
-            more = self._shared.room(more)
-            self._buffers += [bytearray(self._shared.piece) for _ in range(more)]
-            self._depth.grow(more)
+            self._depth.grow(self._shared.room(more))
             log.debug("%s: %d requests in flight", self._connection.peer, self.depth)
 
     @property
@@ -159,9 +157,8 @@ class Worker:
         limit = self._shared.target.limit()
         return limit is None or plan.next_offset() < limit
 
-    def _done(self, buffer: bytearray) -> None:
+    def _done(self) -> None:
         """A piece needs nothing any more."""
-        self._buffers.append(buffer)
         if self._shared.plan.done():
             self._tell_others()
 
@@ -169,21 +166,20 @@ class Worker:
         with self._shared.changed:
             self._shared.changed.notify_all()
 
-    def _start(self, piece: Piece, buffer: bytearray) -> None:
+    def _start(self, piece: Piece) -> None:
         shared = self._shared
         if piece.is_zero and not piece.is_kept:
             self._at_target = True
             shared.target.zero(piece.offset, piece.length)
-            self._kept(piece, buffer, NO_CHECK)
+            self._kept(piece, NO_CHECK)
             return
         if shared.bandwidth is not None and not piece.is_kept:
             try:
                 self._wait_for_turn(shared.bandwidth, piece.length)
             except BaseException:
                 shared.plan.put_back(piece)
-                self._buffers.append(buffer)
                 raise
-        self._send(piece, buffer)
+        self._send(piece)
 
     def _wait_for_turn(self, bandwidth: Bandwidth, length: int) -> None:
         """What is on its way is taken first: a server drops who leaves its answers unread for long."""
@@ -192,39 +188,45 @@ class Worker:
             self._take_answer()
         bandwidth.wait(turn)
 
-    def _send(self, piece: Piece, buffer: bytearray) -> None:
+    def _send(self, piece: Piece) -> None:
         """Ask for the piece, or to trim it."""
         now = time.monotonic()
         try:
             if piece.is_kept:
                 request = self._connection.submit_trim(piece.offset, piece.length)
             else:
-                request = self._connection.submit_read(piece.offset, memoryview(buffer)[: piece.length])
+                request = self._connection.submit_late_read(piece.offset, piece.length, self._buffer)
         except BaseException:
             self._shared.plan.put_back(piece)
-            self._buffers.append(buffer)
             raise
-        self._on_the_way[request.cookie] = piece, buffer, now
+        self._on_the_way[request.cookie] = piece, now
+
+    def _buffer(self, length: int) -> memoryview:
+        """One that was just emptied is still in the CPU's cache."""
+        buffer = self._buffers.pop() if self._buffers else memoryview(bytearray(self._shared.piece))
+        return buffer[:length]
 
     def _answered(self, request: Request) -> None:
-        piece, buffer, _ = self._on_the_way.pop(request.cookie)
-        if request.command is Cmd.READ:
-            data = memoryview(buffer)[: piece.length]
-            self._at_target = True
-            self._shared.target.write(piece.offset, data)
-            self._kept(piece, buffer, NO_CHECK if self._shared.check is None else self._shared.check(data))
-        else:
+        piece, _ = self._on_the_way.pop(request.cookie)
+        data = request.buffer
+        if data is None:
             self._shared.trimmed(piece)
-            self._done(buffer)
+            self._done()
+            return
+        self._at_target = True
+        self._shared.target.write(piece.offset, data)
+        check = NO_CHECK if self._shared.check is None else self._shared.check(data)
+        self._buffers.append(memoryview(data.obj))
+        self._kept(piece, check)
 
-    def _kept(self, piece: Piece, buffer: bytearray, check: bytes) -> None:
+    def _kept(self, piece: Piece, check: bytes) -> None:
         """The target has the piece: trim it, or be done with it."""
         self._shared.kept(piece, check)
         self._at_target = False
         if self._shared.trims:
-            self._send(piece._replace(is_kept=True), buffer)
+            self._send(piece._replace(is_kept=True))
         else:
-            self._done(buffer)
+            self._done()
 
     # After a loss
 
@@ -236,9 +238,8 @@ class Worker:
 
     def _put_all_back(self) -> None:
         self._depth.paused()
-        for piece, buffer, _ in self._on_the_way.values():
+        for piece, _ in self._on_the_way.values():
             self._shared.plan.put_back(piece)
-            self._buffers.append(buffer)
         self._on_the_way.clear()
         self._tell_others()
 

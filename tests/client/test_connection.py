@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,31 @@ def test_many_requests_in_flight_find_their_answers(connection: Connection) -> N
             assert buffers[i] == blocks[i]
     assert not reads
     assert connection.read(32 * 256 * 1024, 8 * MIB) == b"".join(blocks)
+
+
+def test_late_reads_share_their_buffers(connection: Connection) -> None:
+    """What was emptied is filled again, while others are still on their way."""
+    data = random.Random(3).randbytes(16 * MIB)
+    connection.write(0, data)
+    free: list[memoryview] = []
+    made = 0
+
+    def make_buffer(length: int) -> memoryview:
+        nonlocal made
+        made += not free
+        return free.pop() if free else memoryview(bytearray(length))
+
+    offsets = iter(range(0, 16 * MIB, MIB // 4))
+    for offset in islice(offsets, 16):
+        connection.submit_late_read(offset, MIB // 4, make_buffer)
+    while connection.in_flight:
+        request = connection.next_finished()
+        assert request.error is None and request.buffer is not None
+        assert request.buffer == data[request.offset : request.offset + MIB // 4]
+        free.append(request.buffer)
+        for offset in islice(offsets, 1):
+            connection.submit_late_read(offset, MIB // 4, make_buffer)
+    assert made <= 16
 
 
 def test_requests_can_be_awaited_in_any_order(connection: Connection) -> None:

@@ -116,6 +116,56 @@ def test_data_goes_into_the_buffer_of_its_request(mode: ReplyMode, feed: Feed) -
     assert list(reader.finished) == [2, 1] and not reader.in_flight
 
 
+class Buffers:
+    """Makes them, and takes them back."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.free: list[memoryview] = []
+
+    def __call__(self, length: int) -> memoryview:
+        if not self.free:
+            self.made += 1
+            return memoryview(bytearray(b"?" * length))
+        return self.free.pop()[:length]
+
+
+@pytest.mark.parametrize("mode", ReplyMode)
+def test_a_late_buffer_is_made_when_its_first_byte_comes(mode: ReplyMode, feed: Feed) -> None:
+    """So the answers to many requests, one after the other, all come in the same one."""
+    buffers = Buffers()
+    requests = [Request(Cmd.READ, cookie, 4096, 6, None, buffers) for cookie in range(8)]
+    reader = reader_for(mode, *requests)
+    for request in reversed(requests):
+        feed(reader, data_header(mode, request.cookie, 4096, 6) + b"DATA %d" % request.cookie)
+        assert content(request) == b"DATA %d" % request.cookie
+        assert request.buffer is not None
+        buffers.free.append(request.buffer)
+    assert buffers.made == 1
+
+
+@pytest.mark.parametrize("mode", CHUNKED)
+def test_a_late_buffer_is_the_same_for_all_parts_of_a_read(mode: ReplyMode, feed: Feed) -> None:
+    buffers = Buffers()
+    requests = [Request(Cmd.READ, cookie, 4096, 6, None, buffers) for cookie in (1, 2)]
+    reader = reader_for(mode, *requests)
+    for cookie, data in ((1, b"ST!"), (2, b"OND")):
+        feed(reader, data_chunk_header(mode, cookie, 4096, 4099, 3, done=False) + data)
+    for cookie, data in ((1, b"FIR"), (2, b"SEC")):
+        feed(reader, data_header(mode, cookie, 4096, 3) + data)
+    assert [content(request) for request in requests] == [b"FIRST!", b"SECOND"]
+    assert buffers.made == 2
+
+
+@pytest.mark.parametrize("mode", CHUNKED)
+def test_no_late_buffer_for_what_is_refused(mode: ReplyMode) -> None:
+    buffers = Buffers()
+    request = Request(Cmd.READ, 1, 4096, 6, None, buffers)
+    whole(reader_for(mode, request), error_reply(mode, 1, 4096, NbdError.EIO, "no"))
+    assert error_of(request).text == "no"
+    assert (request.buffer, buffers.made) == (None, 0)
+
+
 def test_a_read_larger_than_the_head_is_received_straight_into_its_buffer() -> None:
     request = read_of(3 * replies.HEAD_SIZE)
     reader = reader_for(SIMPLE, request)

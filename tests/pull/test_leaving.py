@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleecing.client.request import Request
+from fleecing.client.request import MakeBuffer, Request
 from fleecing.nbd.constants import Cmd, TransmissionFlag
 from fleecing.pull import plan, worker
 from fleecing.pull.any_source import AnyConnection
@@ -65,9 +65,11 @@ class Way:
         self._answers.append(Request(command, self._cookie, offset, length))
         return self._answers[-1]
 
-    def submit_read(self, offset: int, buffer: bytearray | memoryview) -> Request:
-        memoryview(buffer)[:] = DATA[offset : offset + len(buffer)]
-        return self._submit(Cmd.READ, offset, len(buffer))
+    def submit_late_read(self, offset: int, length: int, make_buffer: MakeBuffer) -> Request:
+        request = self._submit(Cmd.READ, offset, length)
+        request.buffer = make_buffer(length)
+        request.buffer[:] = DATA[offset : offset + length]
+        return request
 
     def submit_trim(self, offset: int, length: int) -> Request:
         return self._submit(Cmd.TRIM, offset, length)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fleecing.client.request import Request
+from fleecing.client.request import MakeBuffer, Request
 from fleecing.nbd.constants import Cmd, TransmissionFlag
 from fleecing.pull.any_source import AnyConnection
 from fleecing.pull.engine import copy
@@ -70,10 +70,11 @@ class Memory:
         found: deque[Request] = self._local.finished
         return found
 
-    def submit_read(self, offset: int, buffer: bytearray | memoryview) -> Request:
-        self.asked.append((self.clock.now, len(buffer)))
-        memoryview(buffer)[:] = self.data[offset : offset + len(buffer)]
-        request = Request(Cmd.READ, len(self.asked), offset, len(buffer))
+    def submit_late_read(self, offset: int, length: int, make_buffer: MakeBuffer) -> Request:
+        self.asked.append((self.clock.now, length))
+        request = Request(Cmd.READ, len(self.asked), offset, length, make_buffer(length))
+        assert request.buffer is not None
+        request.buffer[:] = self.data[offset : offset + length]
         self._finished().append(request)
         return request
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fleecing.block.hostfile import HostFile
 from fleecing.errors import ImageError
 from fleecing.pull.destination import Destination, Format
-from fleecing.pull.target import RawTarget
+from fleecing.pull.target import RawTarget, zero_runs
 from fleecing.units import MiB
 
 
@@ -139,3 +142,19 @@ def test_what_an_earlier_run_left_stays_when_the_next_one_cannot_even_begin(
         destination.open(MiB)
     assert destination.give_up() is None
     assert left.read_bytes() == b"of an earlier run"
+
+
+@given(
+    st.lists(st.sampled_from([b"0000", b"\0\0\0\0", b"\0\0\x001", b"1\0\0\0", b"\x001\0\0"]), max_size=12),
+    st.integers(0, 3),
+)
+def test_runs_of_zeroes_are_whole_units_of_zeroes(units: list[bytes], cut: int) -> None:
+    data = b"".join(units)
+    data = data[: len(data) - cut]
+    runs = list(zero_runs(memoryview(data), 4))
+    assert [start for start, _, _ in runs] == [0, *(end for _, end, _ in runs)][: len(runs)]
+    assert b"".join(data[start:end] for start, end, _ in runs) == data
+    assert all(before[2] != after[2] for before, after in pairwise(runs))
+    for start, end, is_zero in runs:
+        for at in range(start, end, 4):
+            assert is_zero == (not any(data[at : at + 4]))

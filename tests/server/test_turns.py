@@ -64,6 +64,6 @@ def test_a_copy_gives_way_once_for_each_large_piece(
 def test_a_push_gives_way_too(rig: Rig, pauses: list[float]) -> None:
     rig.disk.turns.guest_busy = True
     source = NodeSource(rig.snapshot()[0], "vda@s")
-    buffer = bytearray(512 * KiB)
-    source.first.submit_read(0, buffer)
-    assert (bytes(buffer), pauses) == (pattern(2 * MiB)[: 512 * KiB], [turns.PAUSE])
+    request = source.first.submit_late_read(0, 512 * KiB, lambda length: memoryview(bytearray(length)))
+    assert request.buffer is not None
+    assert (bytes(request.buffer), pauses) == (pattern(2 * MiB)[: 512 * KiB], [turns.PAUSE])
