@@ -32,9 +32,6 @@ log = logging.getLogger(__name__)
 MAX_COMPACT_LENGTH: Final = (1 << 32) - 1
 """The longest request without extended headers, in bytes."""
 
-_BUFFERED: Final = 1 << 18
-"""Bytes: more do not come in one receive, as a rule. Where more are wanted, what is behind them needs no place yet."""
-
 _FUA: Final = int(CmdFlag.FUA)
 _NO_HOLE: Final = int(CmdFlag.NO_HOLE)
 _FAST_ZERO: Final = int(CmdFlag.FAST_ZERO)
@@ -298,12 +295,8 @@ class Connection:
 
     def _take(self) -> bool:
         """One receive; False where nothing is there yet."""
-        targets = self._reader.targets()
         try:
-            if len(targets[0]) > _BUFFERED:
-                count = self._socket.recv_into(targets[0])
-            else:
-                count = self._socket.recvmsg_into(targets)[0]
+            count = self._socket.recvmsg_into(self._reader.targets())[0]
         except BlockingIOError:
             return False
         if not count:

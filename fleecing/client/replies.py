@@ -142,29 +142,25 @@ class ReplyReader:
 
     def _cut(self) -> Iterator[None]:
         while True:
-            while self._start == self._end:
-                yield
-            found = self._data()
-            if found is None:
-                yield from self._reply()
+            yield from self._need(_MAGIC.size)
+            if (data := self._data()) is not None:
+                request, view, flags = data
+                yield from self._fill(view)
+                if flags & _DONE:
+                    self._finish(request)
                 continue
-            # What `_fill` does, without a generator of its own for each chunk
-            request, view, flags = found
-            ready = min(len(view), self._end - self._start)
-            view[:ready] = self._head[self._start : self._start + ready]
-            self._start += ready
-            if ready < len(view):
-                self._start = self._end = 0
-                self._direct = view[ready:]
-                while self._direct:
-                    yield
-            if flags & _DONE:
-                self._finish(request)
+            (magic,) = _MAGIC.unpack_from(self._head, self._start)
+            if magic == self._chunk_magic:
+                yield from self._structured()
+            elif magic == SIMPLE_REPLY_MAGIC and not self._extended:
+                yield from self._simple()
+            else:
+                raise ProtocolError(f"the server sent 0x{magic:08x} where a reply should begin")
 
     def _data(self) -> tuple[Request, memoryview, int] | None:
         """The head of the commonest reply, a chunk of data, if all of it is there: where its data goes, and its flags.
 
-        None for anything else, and for whatever is wrong with it, which is left for `_reply`.
+        None for anything else, and for whatever is wrong with it, which is left for `_structured`.
         """
         if self._end - self._start < self._data_chunk.size:
             return None
@@ -178,17 +174,6 @@ class ReplyReader:
         view = request.part(offset, length - OFFSET_DATA.size)
         self._start += self._data_chunk.size
         return request, view, flags
-
-    def _reply(self) -> Iterator[None]:
-        """One simple reply, or one chunk."""
-        yield from self._need(_MAGIC.size)
-        (magic,) = _MAGIC.unpack_from(self._head, self._start)
-        if magic == self._chunk_magic:
-            yield from self._structured()
-        elif magic == SIMPLE_REPLY_MAGIC and not self._extended:
-            yield from self._simple()
-        else:
-            raise ProtocolError(f"the server sent 0x{magic:08x} where a reply should begin")
 
     def _request(self, cookie: int) -> Request:
         request = self.in_flight.get(cookie)

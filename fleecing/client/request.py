@@ -73,13 +73,14 @@ class Request:
         "Content chunks MUST NOT overlap" and lie "within the bounds of the request" ("Structured reply types").
         """
         end = offset + length
-        if self.buffer is None:
-            if self._make_buffer is None:
-                raise ProtocolError(f"the server sent data in answer to {self!r}")
-            self.buffer = self._make_buffer(self.length)
+        if self.buffer is None and self._make_buffer is None:
+            raise ProtocolError(f"the server sent data in answer to {self!r}")
         if offset < self.offset or end > self.offset + self.length:
             raise ProtocolError(f"the server sent {length} bytes at offset {offset} in answer to {self!r}")
         self._cover(offset, end)
+        if self.buffer is None:
+            assert self._make_buffer is not None
+            self.buffer = self._make_buffer(self.length)
         return self.buffer[offset - self.offset : end - self.offset]
 
     def _cover(self, start: int, end: int) -> None:

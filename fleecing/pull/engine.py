@@ -5,9 +5,9 @@
 
 Each connection has its thread (worker.py) and its slots; a slot is a piece on its way. A buffer is taken when the data
 comes: memory is connections x depth x piece at most, and a piece or two for each connection to a server that answers
-one request after the other. A piece is trimmed only when the target has it. The first error
-that no new connection mends stops everything: all connections are cut, the target is abandoned, or suspended where a
-journal can bring it back, and the error is raised.
+one request after the other. A piece is trimmed only when the target has it. The first error that no new connection
+mends stops everything: all connections are cut, the target is abandoned, or suspended where a journal can bring it
+back, and the error is raised.
 """
 
 from __future__ import annotations

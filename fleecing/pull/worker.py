@@ -15,7 +15,7 @@ from typing import Protocol
 from fleecing.client.request import Request
 from fleecing.errors import ProtocolError, RequestError
 from fleecing.nbd.client_handshake import ExportRefused
-from fleecing.nbd.constants import NbdError
+from fleecing.nbd.constants import Cmd, NbdError
 from fleecing.pull.any_source import AnyConnection, AnySource
 from fleecing.pull.connecting import connect_unless
 from fleecing.pull.journal import NO_CHECK
@@ -208,11 +208,12 @@ class Worker:
 
     def _answered(self, request: Request) -> None:
         piece, _ = self._on_the_way.pop(request.cookie)
-        data = request.buffer
-        if data is None:
+        if request.command is Cmd.TRIM:
             self._shared.trimmed(piece)
             self._done()
             return
+        data = request.buffer
+        assert data is not None, "a READ does not succeed without its data"
         self._at_target = True
         self._shared.target.write(piece.offset, data)
         check = NO_CHECK if self._shared.check is None else self._shared.check(data)

@@ -49,7 +49,7 @@ class Way:
         self.closed = False
         self._source = source
         self._cookie = 0
-        self._answers: deque[Request] = deque()
+        self.answers: deque[Request] = deque()
 
     def can(self, flag: TransmissionFlag) -> bool:
         return flag in (TransmissionFlag.CAN_MULTI_CONN, TransmissionFlag.SEND_TRIM)
@@ -62,8 +62,8 @@ class Way:
         if self.is_lost or self.aborted.is_set():
             self.lose()
         self._cookie += 1
-        self._answers.append(Request(command, self._cookie, offset, length))
-        return self._answers[-1]
+        self.answers.append(Request(command, self._cookie, offset, length))
+        return self.answers[-1]
 
     def submit_late_read(self, offset: int, length: int, make_buffer: MakeBuffer) -> Request:
         request = self._submit(Cmd.READ, offset, length)
@@ -78,7 +78,7 @@ class Way:
         if self.aborted.is_set():
             self.lose()
         self._source.answer(self)
-        answer = self._answers.popleft()
+        answer = self.answers.popleft()
         if answer.command is Cmd.TRIM:
             self._source.trimmed.append((answer.offset, answer.length))
         return answer
@@ -185,6 +185,15 @@ def test_an_attempt_that_fails_when_the_other_one_is_through_is_no_failure(tmp_p
             ended.set()
 
     copied(tmp_path, Disk(answer, again), reconnect=0.1)
+
+
+def test_a_read_without_data_is_not_taken_for_a_trim(tmp_path: Path) -> None:
+    def answer(way: Way) -> None:
+        way.answers[0].buffer = None
+
+    with pytest.raises(AssertionError, match="without its data"):
+        copied(tmp_path, Disk(answer, refused), reconnect=0.1)
+    assert not (tmp_path / "copy").exists()
 
 
 @pytest.mark.parametrize("is_snapshot", [False, True], ids=["read", "read and trimmed"])
