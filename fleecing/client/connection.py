@@ -19,10 +19,12 @@ from typing import Final, Self
 
 from fleecing.client.replies import ReplyReader
 from fleecing.client.request import Extents, MakeBuffer, Request
+from fleecing.client.shared_memory import SharedMemory
 from fleecing.client.tls import TlsSocket
 from fleecing.errors import FleecingError, RequestError
 from fleecing.nbd.client_handshake import ClientAgreement
-from fleecing.nbd.constants import READ_ONCE, Cmd, CmdFlag, NbdError, ReplyMode, TransmissionFlag
+from fleecing.nbd.constants import READ_ONCE, SHARED_MEMORY, Cmd, CmdFlag, NbdError, ReplyMode, TransmissionFlag
+from fleecing.nbd.transmission import SHARED_READ
 from fleecing.nbd.transmission import request as request_header
 
 Buffer = bytes | bytearray | memoryview
@@ -70,6 +72,7 @@ class Connection:
         self._reader = ReplyReader(self.mode, {number: name for name, number in agreement.contexts.items()})
         self.waited = 0.0
         """Seconds in which there was nothing to do but wait for the server, until now."""
+        self._memory: SharedMemory | None = None
         self._next_cookie = 1
         self._sending = False
         self._failure: str | None = None
@@ -113,8 +116,57 @@ class Connection:
 
         Requests that wait for their turn at the server take no memory, and a buffer that was just emptied, and is in
         the CPU's cache, can be the next that is filled. Any call of this connection may call `make_buffer`.
+
+        Where memory is shared (`share_memory`), and a buffer of it is free and long enough, the data comes there.
+        `release` has to be called for the request then, when nobody uses its buffer any more.
         """
+        memory = self._memory
+        if memory is not None and length <= memory.length and (position := memory.take()) is not None:
+            return self._submit_shared(memory, position, offset, length)
         return self._submit(Cmd.READ, offset, length, make_buffer=make_buffer)
+
+    def _submit_shared(self, memory: SharedMemory, position: int, offset: int, length: int) -> Request:
+        try:
+            self._check(Cmd.READ, offset, length, 0)
+        except Exception:
+            memory.give_back(position)
+            raise
+        request = self._request(Cmd.READ, offset, length, memory.view(position, length), position=position)
+        self._post(request, 0, SHARED_READ.pack(length, position))
+        return request
+
+    def release(self, request: Request) -> None:
+        """Nobody uses the buffer of this late read any more, which is finished: another one may come there."""
+        if request.position is not None:
+            assert self._memory is not None, "who has no memory has no positions in it"
+            self._memory.give_back(request.position)
+            request.position = request.buffer = None
+
+    def share_memory(self, count: int, length: int) -> None:
+        """Have late reads come into `count` buffers of `length` bytes that the server fills by itself, if it can.
+
+        They must have SHARED_MEMORY among the contexts; once for a connection. Where it is not to be had, nothing
+        changes. Raises what `wait` does for a connection that is lost.
+        """
+        self._check_there()
+        if SHARED_MEMORY not in self.contexts or self.mode is not ReplyMode.EXTENDED:
+            return
+        try:
+            memory = SharedMemory(count, length)
+        except OSError as e:
+            log.info("%s: no memory to share: %s", self.peer, e)
+            return
+        try:
+            request = self._request(Cmd.READ, 0, 0, position=0)
+            self._post(request, 0, SHARED_READ.pack(0, 0), fd=memory.fd)
+            self.wait(request)
+            self._memory = memory
+        except RequestError as e:
+            log.info("%s takes no shared memory: %s", self.peer, e)
+        finally:
+            memory.close_fd()
+            if self._memory is None:
+                memory.close()
 
     def submit_write(self, offset: int, data: Buffer, *, fua: bool = False) -> Request:
         """Write `data`, at most `maximum_payload` bytes; it is sent when this returns and may be changed then."""
@@ -222,21 +274,41 @@ class Connection:
         payload: Buffer | None = None,
     ) -> Request:
         self._check(command, offset, length, flags)
-        if payload is not None and self.mode is ReplyMode.EXTENDED:
-            flags |= CmdFlag.PAYLOAD_LEN
+        request = self._request(command, offset, length, buffer, make_buffer)
+        self._post(request, flags, payload)
+        return request
+
+    def _request(
+        self,
+        command: Cmd,
+        offset: int,
+        length: int,
+        buffer: memoryview | None = None,
+        make_buffer: MakeBuffer | None = None,
+        position: int | None = None,
+    ) -> Request:
         cookie = self._next_cookie
         self._next_cookie += 1
-        request = Request(command, cookie, offset, length, buffer, make_buffer)
+        return Request(command, cookie, offset, length, buffer, make_buffer, position)
+
+    def _post(self, request: Request, flags: int, payload: Buffer | None, fd: int | None = None) -> None:
+        """Send it; `fd` goes with it."""
+        command, cookie, offset, length = request.command, request.cookie, request.offset, request.length
         log.debug("> %s: %r, cookie %d", self.peer, request, cookie)
+        if payload is not None and self.mode is ReplyMode.EXTENDED:
+            flags |= CmdFlag.PAYLOAD_LEN
+            length = len(payload)
         header = request_header(self.mode, flags, command, cookie, offset, length)
         self._reader.in_flight[cookie] = request
-        self._send([header] if payload is None else [header, payload])
-        return request
+        self._send([header] if payload is None else [header, payload], fd)
+
+    def _check_there(self) -> None:
+        if self._failure is not None:
+            raise ConnectionError(f"the connection to {self.peer} is gone: {self._failure}")
 
     def _check(self, command: Cmd, offset: int, length: int, flags: int) -> None:
         """What the protocol forbids a client to send never leaves this end."""
-        if self._failure is not None:
-            raise ConnectionError(f"the connection to {self.peer} is gone: {self._failure}")
+        self._check_there()
         if command is not Cmd.FLUSH and not (offset >= 0 < length <= self.size - offset):
             raise ValueError(f"{command.name} of {length} bytes at offset {offset} is not within {self.size} bytes")
         if command in (Cmd.READ, Cmd.WRITE) and length > self.maximum_payload:
@@ -256,13 +328,14 @@ class Connection:
                 if flags & flag and not self.can(needed):
                     raise RequestError(NbdError.ENOTSUP, f"{self.peer} offers no {needed.name}")
 
-    def _send(self, parts: list[Buffer]) -> None:
+    def _send(self, parts: list[Buffer], fd: int | None = None) -> None:
         deadline = time.monotonic() + self.timeout
         self._sending = True
         try:
             while parts:
                 try:
-                    sent = self._socket.sendmsg(parts)
+                    sent = self._socket.sendmsg(parts) if fd is None else self._send_with(fd, parts)
+                    fd = None
                 except BlockingIOError:
                     if self._ready(select.POLLIN | select.POLLOUT, deadline) & ~select.POLLOUT:
                         self._take()
@@ -278,10 +351,13 @@ class Connection:
             raise
         self._sending = False
 
+    def _send_with(self, fd: int, parts: list[Buffer]) -> int:
+        assert isinstance(self._socket, socket.socket), "nothing goes past TLS"
+        return socket.send_fds(self._socket, parts, [fd])
+
     def _receive(self, deadline: float) -> None:
         """Wait for bytes, take what is there. Raises ProtocolError, or OSError (TimeoutError among them)."""
-        if self._failure is not None:
-            raise ConnectionError(f"the connection to {self.peer} is gone: {self._failure}")
+        self._check_there()
         try:
             if not self._take():
                 self._ready(select.POLLIN, deadline)

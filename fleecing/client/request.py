@@ -28,7 +28,7 @@ class Request:
     `buffer` belongs to the request from its sending until `finished`: a READ is received into it, and it holds
     anything when the request fails. With `make_buffer` there is none before its first bytes come. `error` is None where
     the request succeeded. `status` has an entry for each meta context; contexts may cover different lengths, none more
-    than the request.
+    than the request. `position` is that of `buffer` in the shared memory, where the server fills it by itself.
     """
 
     __slots__ = (
@@ -41,6 +41,7 @@ class Request:
         "finished",
         "length",
         "offset",
+        "position",
         "status",
     )
 
@@ -52,12 +53,14 @@ class Request:
         length: int,
         buffer: memoryview | None = None,
         make_buffer: MakeBuffer | None = None,
+        position: int | None = None,
     ) -> None:
         self.command = command
         self.cookie = cookie
         self.offset = offset
         self.length = length
         self.buffer = buffer
+        self.position = position
         self._make_buffer = make_buffer
         self.finished = False
         self.error: RequestError | None = None
@@ -73,7 +76,7 @@ class Request:
         "Content chunks MUST NOT overlap" and lie "within the bounds of the request" ("Structured reply types").
         """
         end = offset + length
-        if self.buffer is None and self._make_buffer is None:
+        if self.position is not None or (self.buffer is None and self._make_buffer is None):
             raise ProtocolError(f"the server sent data in answer to {self!r}")
         if offset < self.offset or end > self.offset + self.length:
             raise ProtocolError(f"the server sent {length} bytes at offset {offset} in answer to {self!r}")
@@ -110,7 +113,8 @@ class Request:
     def finish(self, contexts: int) -> None:
         """The last reply has come. Raises ProtocolError where a success lacks content, or one of the meta contexts."""
         if self.error is None:
-            if self.command is Cmd.READ and self._pieces != [(self.offset, self.offset + self.length)]:
+            is_by_chunks = self.command is Cmd.READ and self.position is None
+            if is_by_chunks and self._pieces != [(self.offset, self.offset + self.length)]:
                 raise ProtocolError(f"the server ended its answer to {self!r} without all of the data")
             if self.command is Cmd.BLOCK_STATUS and len(self.status) != contexts:
                 raise ProtocolError(f"the server ended its answer to {self!r} without all of the meta contexts")

@@ -202,3 +202,5 @@ class AllocationStatus(IntFlag):
 BASE_ALLOCATION: Final = "base:allocation"
 READ_ONCE: Final = "fleecing:read-once"  # [F]
 """Who selects this context may set CmdFlag.READ_ONCE: the bytes are given up when the reply has left."""
+SHARED_MEMORY: Final = "fleecing:shared-memory"  # [F]
+"""Who selects this context may have READs answered in memory of its own, that it has shared with the server."""

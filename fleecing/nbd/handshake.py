@@ -32,6 +32,7 @@ from fleecing.nbd.constants import (
     MAX_STRING,
     NBDMAGIC,
     READ_ONCE,
+    SHARED_MEMORY,
     ZERO_PADDING,
     ClientFlag,
     HandshakeFlag,
@@ -129,6 +130,7 @@ class Agreement:
             writable=self.export.writable,
             trimmable=self.export.trimmable,
             read_once=any(name == READ_ONCE for _, name in self.contexts),
+            shared_memory=any(name == SHARED_MEMORY for _, name in self.contexts),
         )
 
 
@@ -142,9 +144,13 @@ class ServerHandshake(Conversation):
         tls: TlsMode = TlsMode.OFF,
         most_data: int = MAX_HELD,
         longest_name: int = MAX_STRING,
+        local: bool = False,
         logger: Logger = _LOGGER,
     ) -> None:
-        """`most_data` of an option and `longest_name` of an export that it asks for: bytes."""
+        """`most_data` of an option and `longest_name` of an export that it asks for: bytes.
+
+        `local`: the client comes through a Unix socket, over which it can send descriptors.
+        """
         self.agreement: Agreement | None = None
         self.shutting_down = False
         """Set by the owner: "SHOULD error further options [...] with NBD_REP_ERR_SHUTDOWN"."""
@@ -152,6 +158,7 @@ class ServerHandshake(Conversation):
         self._tls = tls
         self._most_data = most_data
         self._longest_name = longest_name
+        self._local = local
         self._fixed_newstyle = False
         self._zeroes = True
         self._forget()
@@ -324,7 +331,7 @@ class ServerHandshake(Conversation):
 
     def _list_meta_context(self, number: int, data: bytes) -> None:
         name, queries = options.parse_meta_query(data)
-        for context in options.matching_contexts(self._find(name, number).contexts, queries):
+        for context in options.matching_contexts(self._offered(self._find(name, number)), queries):
             self._reply(number, Rep.META_CONTEXT, options.meta_context_item(0, context))
         self._reply(number, Rep.ACK)
 
@@ -334,7 +341,7 @@ class ServerHandshake(Conversation):
         name, queries = options.parse_meta_query(data)
         export = self._find(name, number)
         self._selected_for = export.name
-        self._contexts = options.selected_contexts(export.contexts, queries)
+        self._contexts = options.selected_contexts(self._offered(export), queries)
         for identity, context in self._numbered_contexts():
             self._reply(number, Rep.META_CONTEXT, options.meta_context_item(identity, context))
         self._reply(number, Rep.ACK)
@@ -352,6 +359,12 @@ class ServerHandshake(Conversation):
             what = f"there is no export {name!r}" if name else "there is no default export: name one"
             raise OptionError(Rep.ERR_UNKNOWN, what)
         return export
+
+    def _offered(self, export: ExportInfo) -> tuple[str, ...]:
+        """The contexts that this client may select. Under TLS nothing goes past TLS, no descriptor either."""
+        if self._local and not self.tls_active:
+            return export.contexts
+        return tuple(name for name in export.contexts if name != SHARED_MEMORY)
 
     @staticmethod
     def _enterable(export: ExportInfo) -> ExportInfo:

@@ -129,6 +129,12 @@ STATUS_PAYLOAD: Final = Struct(
     "ids" / GreedyRange(Int32ub),
     Terminated,
 )
+SHARED_READ: Final = Struct(
+    "effect_length" / Int64ub,
+    "position" / Int64ub,
+    Terminated,
+)
+"""[F] docs/shared-memory.md"""
 
 # "Simple reply message"
 

@@ -57,6 +57,8 @@ STATUS_EXT: Final = Struct(">II")
 """context id, number of extents; then (u64 length, u64 status) for each extent."""
 STATUS_PAYLOAD: Final = Struct(">Q")
 """The payload of a BLOCK_STATUS with PAYLOAD_LEN: effect length; then u32 context ids."""
+SHARED_READ: Final = Struct(">QQ")
+"""The payload of a READ with PAYLOAD_LEN (docs/shared-memory.md): effect length, position in the shared memory."""
 
 DATA_CHUNK: Final = Struct(">IHHQIQ")
 EXTENDED_DATA_CHUNK: Final = Struct(">IHHQQQQ")
@@ -271,6 +273,8 @@ class RequestLimits:
     """False: TRIM is EPERM, where it would be EINVAL without SEND_TRIM."""
     read_once: bool = False
     """Whether the meta context was selected that allows READ_ONCE."""
+    shared_memory: bool = False
+    """Whether the meta context was selected that allows READ with PAYLOAD_LEN."""
 
     # Tables by command, for the hot path: flag bits that are fixed, what they must be, and the longest request.
     fixed: tuple[int, ...] = field(init=False, repr=False)
@@ -318,6 +322,16 @@ def status_payload(payload: bytes, selected: Collection[int]) -> tuple[int, tupl
         if number not in selected:
             raise RequestError(NbdError.EINVAL, f"context id {number} was not selected")
     return length, ids
+
+
+def shared_read_payload(payload: bytes) -> tuple[int, int]:
+    """The (effect length, position) of a READ with PAYLOAD_LEN [F], in bytes; raises RequestError."""
+    if len(payload) != SHARED_READ.size:
+        raise RequestError(
+            NbdError.EINVAL, f"a payload of {len(payload)} bytes where a READ has one of {SHARED_READ.size}"
+        )
+    length, position = SHARED_READ.unpack(payload)
+    return length, position
 
 
 def _check_one_by_one(limits: RequestLimits, number: int, flags: int, offset: int, length: int) -> None:
@@ -391,6 +405,8 @@ def _allowed_flags(limits: RequestLimits, command: Cmd) -> CmdFlag:
         allowed |= CmdFlag.DF
     if command is Cmd.READ and limits.read_once:
         allowed |= CmdFlag.READ_ONCE
+    if command is Cmd.READ and limits.shared_memory and limits.mode is ReplyMode.EXTENDED:
+        allowed |= CmdFlag.PAYLOAD_LEN
     if command is Cmd.WRITE_ZEROES:
         allowed |= CmdFlag.NO_HOLE
         if TransmissionFlag.SEND_FAST_ZERO in told:

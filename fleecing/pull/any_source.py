@@ -36,8 +36,14 @@ class AnyConnection(Protocol):
 
     def can(self, flag: TransmissionFlag) -> bool: ...
 
+    def share_memory(self, count: int, length: int) -> None:
+        """Have reads come into `count` buffers of `length` bytes that the other end fills by itself, if it can."""
+
     def submit_late_read(self, offset: int, length: int, make_buffer: MakeBuffer) -> Request:
-        """Ask for `length` bytes; the buffer that they come in is made when they come."""
+        """Ask for `length` bytes; the buffer that they come in is made when they come, or has a `position`."""
+
+    def release(self, request: Request) -> None:
+        """Nobody uses the buffer of this read any more, which has a `position`."""
 
     def submit_trim(self, offset: int, length: int) -> Request:
         """Tell that the range is not needed any more."""

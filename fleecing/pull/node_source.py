@@ -42,6 +42,12 @@ class NodeConnection:
     def can(self, flag: TransmissionFlag) -> bool:
         return flag in (TransmissionFlag.SEND_TRIM, TransmissionFlag.CAN_MULTI_CONN)
 
+    def share_memory(self, count: int, length: int) -> None:
+        """There is no other end."""
+
+    def release(self, request: Request) -> None:
+        """No buffer has a position."""
+
     def submit_late_read(self, offset: int, length: int, make_buffer: MakeBuffer) -> Request:
         """Read at once. Raises what the node raises."""
         request = self._begin(Cmd.READ, offset, length)

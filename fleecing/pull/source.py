@@ -14,7 +14,7 @@ from fleecing.client.dial import connect
 from fleecing.client.request import Extents
 from fleecing.errors import RequestError
 from fleecing.nbd.client_handshake import ExportRefused
-from fleecing.nbd.constants import BASE_ALLOCATION, NbdError, TransmissionFlag
+from fleecing.nbd.constants import BASE_ALLOCATION, SHARED_MEMORY, NbdError, TransmissionFlag
 from fleecing.nbd.uri import NbdUri
 from fleecing.pull.any_source import AnyConnection
 from fleecing.pull.plan import CLEAN, StatusCall
@@ -38,6 +38,8 @@ class Source:
         self._timeout = timeout
         self._find = () if bitmap == "" else (DIRTY_BITMAP + (bitmap or ""),)
         self._contexts: tuple[str, ...] = (BASE_ALLOCATION, CLUSTER_STATE)
+        if uri.socket is not None and not uri.tls:  # else no descriptor can be sent
+            self._contexts += (SHARED_MEMORY,)
         self.first = self._connect(find=self._find)
         try:
             self.bitmap = self._choose(bitmap)

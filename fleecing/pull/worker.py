@@ -100,6 +100,7 @@ class Worker:
                     return
 
     def _work(self) -> None:
+        self._connection.share_memory(self._depth.now, self._shared.piece)
         while True:
             while len(self._on_the_way) < self._depth.now:
                 piece = self._shared.plan.take(self._ask, before=self._shared.target.limit())
@@ -217,7 +218,10 @@ class Worker:
         self._at_target = True
         self._shared.target.write(piece.offset, data)
         check = NO_CHECK if self._shared.check is None else self._shared.check(data)
-        self._buffers.append(memoryview(data.obj))
+        if request.position is None:
+            self._buffers.append(memoryview(data.obj))
+        else:
+            self._connection.release(request)
         self._kept(piece, check)
 
     def _kept(self, piece: Piece, check: bytes) -> None:

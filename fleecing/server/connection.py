@@ -32,11 +32,20 @@ from collections.abc import Callable
 from fleecing.block.change_pool import Superseded
 from fleecing.errors import ProtocolError
 from fleecing.events import Event, of_export, tell
-from fleecing.nbd.constants import EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, Cmd, CmdFlag, ReplyMode, command_name
+from fleecing.nbd.constants import (
+    EXTENDED_REQUEST_MAGIC,
+    REQUEST_MAGIC,
+    SHARED_MEMORY,
+    Cmd,
+    CmdFlag,
+    ReplyMode,
+    command_name,
+)
 from fleecing.nbd.handshake import Agreement
 from fleecing.nbd.transmission import EXTENDED_REQUEST, REQUEST, data_header, data_header_writer, payload_length
 from fleecing.server import messages
 from fleecing.server.budget import Budget
+from fleecing.server.client_memory import ClientMemory
 from fleecing.server.export import MAXIMUM_PAYLOAD, Export, answer_to
 from fleecing.server.limits import LEAST_IN_FLIGHT, Limits
 from fleecing.server.meter import Meter, clock
@@ -119,7 +128,14 @@ class Connection:
         else:
             self._out = TellingOutbox(sock, meter, receipts.sent, export.give_way)
         self._read_cached = export.node.read_cached if receipts is None else receipts.counting(export.node.read_cached)
-        self._service = Service(agreement, export, self._out, meter, budget, shares, receipts, limits or Limits())
+        self._memory: ClientMemory | None = None  # what it shares with us
+        self._recv_into: Callable[[memoryview], int] = sock.recv_into
+        if isinstance(sock, socket.socket) and SHARED_MEMORY in (name for _, name in agreement.contexts):
+            self._memory = memory = ClientMemory(sock)
+            self._recv_into = memory.recv_into
+        self._service = Service(
+            agreement, export, self._out, meter, budget, shares, receipts, limits or Limits(), self._memory
+        )
         self._data_size = len(data_header(self._mode, 0, 0, 1))
         self._put_header = data_header_writer(self._mode)
         self._buffer = bytearray(RECEIVE_SIZE)
@@ -131,7 +147,8 @@ class Connection:
         self._wanted = 0  # bytes of the request at `_start` that is there in part, where its header is
         self._poller = poller
         # A TLS session has a buffer beside the socket's, which the poller would not see.
-        self._polled_sock = sock if isinstance(sock, socket.socket) and receipts is None else None
+        is_plain = receipts is None and self._memory is None
+        self._polled_sock = sock if isinstance(sock, socket.socket) and is_plain else None
         self._calm = 0  # batches since something else than READs that took no waiting
         self._calm_enough = CALM
         self._polled = 0  # batches that the poller has served since it has the connection
@@ -244,6 +261,8 @@ class Connection:
             self._sock.end()
         self._shutdown(socket.SHUT_RDWR)
         self._sock.close()
+        if self._memory is not None:
+            self._memory.close()
         self._meter.sent()  # what the client did not wait for
         self.export.traffic.close(self._meter)
         self.export.release()
@@ -262,7 +281,7 @@ class Connection:
         elif self._start + 2 * self._wanted > RECEIVE_SIZE:
             limit = self._start + self._wanted  # one more would be cut by the buffer's end, and moved
         self._turns.guest_busy = False
-        received = self._sock.recv_into(self._view[self._end : limit] if rest else self._view)
+        received = self._recv_into(self._view[self._end : limit] if rest else self._view)
         self._turns.guest_busy = True
         self._end += received
         if self._tcp and received and self._end < limit:

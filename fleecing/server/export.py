@@ -17,7 +17,7 @@ from fleecing.block.node import Node
 from fleecing.block.snapshot_access import SnapshotAccess
 from fleecing.block.turns import Turns
 from fleecing.errors import BlockError, ClusterUnreadable, RequestError, SnapshotBroken, TempLimitReached
-from fleecing.nbd.constants import BASE_ALLOCATION, READ_ONCE, NbdError, TransmissionFlag
+from fleecing.nbd.constants import BASE_ALLOCATION, READ_ONCE, SHARED_MEMORY, NbdError, TransmissionFlag
 from fleecing.nbd.handshake import ExportInfo
 from fleecing.nbd.transmission import nbd_error
 from fleecing.server.meta_context import (
@@ -29,6 +29,7 @@ from fleecing.server.meta_context import (
     despite_trims,
     dirty_bitmap,
     everything_allocated,
+    nothing_to_tell,
     readable,
     whole_clusters,
 )
@@ -153,6 +154,7 @@ def active_export(
     contexts: dict[str, Context] = {
         BASE_ALLOCATION: disk.block_status,
         ALLOCATION_DEPTH: everything_allocated,
+        SHARED_MEMORY: nothing_to_tell,
     }
     info = _info(name, description, disk.size, _ACTIVE, cluster_size, contexts)
     return Export(info, disk, contexts, changes=disk, turns=disk.turns, traffic=traffic)
@@ -176,6 +178,7 @@ def snapshot_export(
         ALLOCATION_DEPTH: snapshot.allocation_depth,
         CLUSTER_STATE: snapshot.cluster_state,
         READ_ONCE: readable(snapshot.cluster_state),
+        SHARED_MEMORY: nothing_to_tell,
     }
     lenient: dict[str, Context] = {}
     scope, cluster_size = snapshot.clusters.scope, snapshot.cluster_size
@@ -217,6 +220,7 @@ def lost_export(
         ALLOCATION_DEPTH: lost.allocation_depth,
         CLUSTER_STATE: lost.cluster_state,
         READ_ONCE: lost.cluster_state,
+        SHARED_MEMORY: nothing_to_tell,
     }
     if bitmap is not None:
         contexts[DIRTY_BITMAP + bitmap] = lost.block_status

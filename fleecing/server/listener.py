@@ -189,7 +189,11 @@ class NbdServer:
         if self.policy is not None:
             catalog = ClientCatalog(catalog, self.policy, peer_of(sock), peer)
         handshake = ServerHandshake(
-            catalog, tls=tls, most_data=self._limits.option_bytes, longest_name=self._limits.name_bytes
+            catalog,
+            tls=tls,
+            most_data=self._limits.option_bytes,
+            longest_name=self._limits.name_bytes,
+            local=sock.family == socket.AF_UNIX,
         )
         async with asyncio.timeout(self._limits.handshake_seconds):
             stream = await self._drive(handshake, sock, catalog)

@@ -36,6 +36,11 @@ def everything_allocated(offset: int, length: int, max_runs: int) -> Runs:
     return [(length, 1)]
 
 
+def nothing_to_tell(offset: int, length: int, max_runs: int) -> Runs:
+    """Of a context that is there for a client to select it."""
+    return [(length, 0)]
+
+
 def readable(cluster_state: Context) -> Context:
     """The context fleecing:read-once (docs/read-once.md), made of the cluster states."""
 

@@ -53,6 +53,11 @@ class Outbox:
         self.failed = False
         """A send failed: nothing can be told to the client any more."""
 
+    def give_way(self) -> None:
+        """What comes next takes a while: where somebody else goes first, wait for that."""
+        if self._give_way is not None:
+            self._give_way()
+
     def put(self, reply: bytes) -> None:
         """Add a whole reply; what does not fit beside the others goes out at once."""
         if self.used + len(reply) > _SIZE:

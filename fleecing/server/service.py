@@ -20,10 +20,12 @@ from fleecing.nbd.transmission import (
     data_header,
     done_reply,
     error_reply,
+    shared_read_payload,
     status_payload,
 )
 from fleecing.server import messages
 from fleecing.server.budget import Budget
+from fleecing.server.client_memory import ClientMemory
 from fleecing.server.export import Export, answer_to
 from fleecing.server.limits import Limits
 from fleecing.server.meta_context import block_status
@@ -64,8 +66,12 @@ class Service:
         shares: Shares,
         receipts: Receipts | None,
         limits: Limits,
+        memory: ClientMemory | None = None,
     ) -> None:
-        """`receipts`: what is sent once and trimmed then, where the client or the export wants that."""
+        """`receipts`: what is sent once and trimmed then, where the client or the export wants that.
+
+        `memory`: what the client may share with us, where it has said that it will.
+        """
         self._meter = meter
         self._mode = agreement.mode
         self._limits = agreement.limits()
@@ -76,6 +82,7 @@ class Service:
         self._node = export.node
         self._export_name = export.name
         self._receipts = receipts
+        self._memory = memory
         self._changes = export.changes
         self._submit_trim = export.submit_trim
         self._out = out
@@ -237,6 +244,11 @@ class Service:
                 if len(payload) > LARGEST_STATUS_PAYLOAD:
                     raise RequestError(NbdError.EINVAL, f"a block status payload of {len(payload)} bytes is too long")
                 length, contexts = status_payload(bytes(payload), self._contexts)
+            elif command == Cmd.READ and flags & _PAYLOAD_LEN and self._memory is not None:
+                length, position = shared_read_payload(b"" if payload is None else bytes(payload))
+                check_request(self._limits, command, flags, offset, length)
+                self._read_shared(self._memory, flags, cookie, offset, length, position)
+                return
             check_request(self._limits, command, flags, offset, length)
             if not length and command != Cmd.FLUSH:
                 self._done(kind, cookie, offset, 0)
@@ -300,6 +312,25 @@ class Service:
             return
         if self._receipts is not None:
             self._receipts.note(offset, length, once=bool(flags & _READ_ONCE))
+
+    def _read_shared(
+        self, memory: ClientMemory, flags: int, cookie: int, offset: int, length: int, position: int
+    ) -> None:
+        """Read straight into the client's memory: no byte of it goes through the socket. Without length, attach it."""
+        if not length:
+            memory.attach()
+            self._done(_READ, cookie, offset, 0)
+            return
+        part = memory.part(position, length)
+        for start in range(0, length, LARGEST_PIECE):
+            if length > LARGEST_PIECE:
+                self._out.give_way()
+            self._node.read_into(offset + start, part[start : start + LARGEST_PIECE])
+        self._done(_READ, cookie, offset, length)
+        if self._receipts is not None:
+            self._receipts.note(offset, length, once=bool(flags & _READ_ONCE))
+        if length > GATHER:
+            self._out.send()  # the client can go on with it
 
     def announce(self, offset: int, length: int) -> None:
         """A READ that is served soon. Whatever is wrong with it is told when it is."""

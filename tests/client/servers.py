@@ -73,9 +73,11 @@ class _Catalog:
         return self._info if name == "" else None
 
 
-def shake_hands(sock: socket.socket, flags: TransmissionFlag, contexts: tuple[str, ...]) -> Agreement:
+def shake_hands(
+    sock: socket.socket, flags: TransmissionFlag, contexts: tuple[str, ...], *, local: bool = False
+) -> Agreement:
     """Our own server's handshake, run to the transmission phase."""
-    handshake = ServerHandshake(_Catalog(flags, contexts))
+    handshake = ServerHandshake(_Catalog(flags, contexts), local=local)
     sock.sendall(handshake.data_to_send())
     while handshake.agreement is None:
         data = sock.recv(65536)
@@ -128,12 +130,17 @@ def served(folder: Path, serve: Callable[[socket.socket], None]) -> Iterator[Nbd
 
 
 def scripted(
-    folder: Path, script: Script, *, flags: TransmissionFlag = FLAGS, contexts: tuple[str, ...] = (BASE_ALLOCATION,)
+    folder: Path,
+    script: Script,
+    *,
+    flags: TransmissionFlag = FLAGS,
+    contexts: tuple[str, ...] = (BASE_ALLOCATION,),
+    local: bool = False,
 ) -> AbstractContextManager[NbdUri]:
-    """A server of 64 MiB whose transmission phase is `script`."""
+    """A server of 64 MiB whose transmission phase is `script`; `local`: it offers to share memory."""
 
     def serve(sock: socket.socket) -> None:
-        script(sock, shake_hands(sock, flags, contexts))
+        script(sock, shake_hands(sock, flags, contexts, local=local))
 
     return served(folder, serve)
 

@@ -216,7 +216,13 @@ def test_exports_and_contexts_are_listed(libnbd: ModuleType, server: Server) -> 
     assert names == ["vda", "vda@s"]
     contexts: list[str] = []
     handle.opt_list_meta_context(contexts.append)
-    assert contexts == ["base:allocation", "qemu:allocation-depth", "fleecing:cluster-state", "fleecing:read-once"]
+    assert contexts == [
+        "base:allocation",
+        "qemu:allocation-depth",
+        "fleecing:cluster-state",
+        "fleecing:read-once",
+        "fleecing:shared-memory",
+    ]
     handle.opt_info()
     assert handle.get_size() == SIZE
     handle.opt_abort()

@@ -173,6 +173,14 @@ def test_block_status_takes_a_payload_where_that_is_advertised() -> None:
     assert refusal(replace(EXTENDED, flags=ALL), Cmd.BLOCK_STATUS, PAYLOAD_LEN)[0] is NbdError.EINVAL
 
 
+def test_read_takes_a_payload_where_memory_is_shared() -> None:
+    shared = replace(EXTENDED, shared_memory=True)
+    assert accepted(shared, Cmd.READ, PAYLOAD_LEN | DF)
+    for command in (Cmd.TRIM, Cmd.CACHE, Cmd.WRITE_ZEROES, Cmd.FLUSH):
+        assert refusal(shared, command, PAYLOAD_LEN)[0] is NbdError.EINVAL
+    assert refusal(replace(DISK, shared_memory=True), Cmd.READ, PAYLOAD_LEN)[0] is NbdError.EINVAL
+
+
 # Ranges
 
 

@@ -25,6 +25,7 @@ from fleecing.nbd.transmission import (
     nbd_error,
     payload_length,
     request,
+    shared_read_payload,
     status_payload,
     wire_text,
 )
@@ -193,6 +194,15 @@ def test_extended_requests_have_a_payload_if_they_say_so() -> None:
     for command in (*Cmd, 77):
         assert payload_length(ReplyMode.EXTENDED, CmdFlag.PAYLOAD_LEN, command, 512) == 512
         assert payload_length(ReplyMode.EXTENDED, 0, command, 512) == 0
+
+
+def test_shared_read_payload_tells_length_and_position() -> None:
+    payload = layouts.SHARED_READ.build({"effect_length": 1 << 20, "position": 1 << 33})
+    assert shared_read_payload(payload) == (1 << 20, 1 << 33)
+    for wrong in (b"", payload[:-1], payload + b"\0"):
+        with pytest.raises(RequestError, match=f"a payload of {len(wrong)} bytes") as refused:
+            shared_read_payload(wrong)
+        assert refused.value.error == NbdError.EINVAL
 
 
 def test_status_payload_tells_length_and_contexts() -> None:

@@ -65,6 +65,12 @@ class Way:
         self.answers.append(Request(command, self._cookie, offset, length))
         return self.answers[-1]
 
+    def share_memory(self, count: int, length: int) -> None:
+        pass
+
+    def release(self, request: Request) -> None:
+        raise AssertionError("no memory is shared")
+
     def submit_late_read(self, offset: int, length: int, make_buffer: MakeBuffer) -> Request:
         request = self._submit(Cmd.READ, offset, length)
         request.buffer = make_buffer(length)

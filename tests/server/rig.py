@@ -134,7 +134,7 @@ class OneExport:
         return self._info
 
 
-def agree(export: Export, mode: ReplyMode, contexts: Sequence[str] = ()) -> Agreement:
+def agree(export: Export, mode: ReplyMode, contexts: Sequence[str] = (), *, local: bool = True) -> Agreement:
     """What the real handshake comes to for such a client; contexts get the ids 1, 2, ... in the export's order."""
     said = [options.CLIENT_FLAGS.pack(ClientFlag.C_FIXED_NEWSTYLE | ClientFlag.C_NO_ZEROES)]
     if mode is ReplyMode.STRUCTURED:
@@ -144,7 +144,7 @@ def agree(export: Export, mode: ReplyMode, contexts: Sequence[str] = ()) -> Agre
     if contexts:
         said.append(options.option(Opt.SET_META_CONTEXT, options.meta_query(export.name, contexts)))
     said.append(options.option(Opt.GO, options.info_request(export.name, ())))
-    handshake = ServerHandshake(OneExport(export.info))
+    handshake = ServerHandshake(OneExport(export.info), local=local)
     handshake.receive(b"".join(said))
     assert handshake.agreement is not None
     return handshake.agreement
@@ -186,7 +186,7 @@ class Line(Wire):
         self.connection = Connection(
             server,
             "test",
-            agree(export, mode, contexts),
+            agree(export, mode, contexts, local=not tcp),
             export,
             leftover,
             budget=budget or Budget(4 * MAXIMUM_PAYLOAD),

@@ -32,6 +32,7 @@ from fleecing.nbd.transmission import (
     EXTENDED_CHUNK,
     OFFSET_DATA,
     OFFSET_HOLE,
+    SHARED_READ,
     SIMPLE_REPLY,
     STATUS,
     STATUS_EXT,
@@ -94,6 +95,12 @@ class Wire:
         if command != Cmd.DISC:
             self.waiting[cookie] = Reply(cookie, command, offset, length)
         return request(self.mode, flags, command, cookie, offset, length) + payload
+
+    def shared_read(self, offset: int, length: int, position: int, *, flags: int = 0) -> bytes:
+        """A READ into shared memory (docs/shared-memory.md): a success has nothing in its reply."""
+        made = self.request(Cmd.READ, offset, payload=SHARED_READ.pack(length, position), flags=flags)
+        next(reversed(self.waiting.values())).length = 0
+        return made
 
     def send(self, *requests: bytes) -> None:
         self.sock.sendall(b"".join(requests))

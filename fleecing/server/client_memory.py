@@ -1,0 +1,120 @@
+"""Memory of a client on the same host, in which its READs are answered (docs/shared-memory.md).
+
+    the client     memfd, all of it allocated, sealed against shrinking -- SCM_RIGHTS -->  ClientMemory.recv_into
+                   READ, PAYLOAD_LEN, effect length 0                   ------------->     attach
+                   READ, PAYLOAD_LEN, effect length, position           ------------->     part
+
+The memory is the client's, and is accounted to it: what is not allocated is refused, and once attached it cannot be
+given back to the system behind our back, which would have the server allocate it anew when it reads into it. It cannot
+become shorter either, so no access can fail. What the client does with its contents is its own affair: they are written
+here, and never looked at.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import socket
+from array import array
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Final
+
+from fleecing.errors import RequestError
+from fleecing.nbd.constants import NbdError
+from fleecing.units import MiB
+
+MOST: Final = 64 * MiB
+"""Bytes of a client's memory."""
+
+_F_SEAL_FUTURE_WRITE: Final = 0x10
+"""linux/fcntl.h; `fcntl` of Python 3.11 has no name for it."""
+
+_MOST_DESCRIPTORS: Final = 4
+"""Of one message: more are closed by the system."""
+
+_BLOCK: Final = 512
+"""Bytes that `st_blocks` counts in."""
+
+
+class ClientMemory:
+    """For the connection's thread alone."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._fd: int | None = None
+        self._map: mmap.mmap | None = None
+        self._view = memoryview(b"")
+
+    def recv_into(self, view: memoryview) -> int:
+        """As of the socket. A descriptor that comes with it is kept until `attach`, the first one."""
+        if self._map is not None:
+            return self._sock.recv_into(view)
+        space = socket.CMSG_SPACE(_MOST_DESCRIPTORS * array("i").itemsize)
+        count, ancillary, *_ = self._sock.recvmsg_into([view], space, socket.MSG_CMSG_CLOEXEC)
+        self._keep_first(ancillary)
+        return count
+
+    def _keep_first(self, ancillary: Sequence[tuple[int, int, bytes]]) -> None:
+        for level, kind, data in ancillary:
+            if (level, kind) != (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                continue
+            descriptors = array("i", data[: len(data) - len(data) % array("i").itemsize])
+            for fd in descriptors:
+                if self._fd is None:
+                    self._fd = fd
+                else:
+                    os.close(fd)
+
+    def attach(self) -> None:
+        """Have the memory whose descriptor has come. Raises RequestError where there is none, or it is of no use."""
+        if self._map is not None:
+            raise RequestError(NbdError.EINVAL, "this connection has its shared memory already")
+        if self._fd is None:
+            raise RequestError(NbdError.EINVAL, "no descriptor of the memory to be shared has come")
+        fd, self._fd = self._fd, None
+        try:
+            self._map = _mapped(fd)
+        except (OSError, ValueError) as e:
+            raise RequestError(NbdError.EINVAL, f"the memory to be shared is of no use: {e}") from e
+        finally:
+            os.close(fd)
+        self._view = memoryview(self._map)
+
+    def part(self, position: int, length: int) -> memoryview:
+        """Where a READ of `length` bytes goes. Raises RequestError."""
+        if position + length > len(self._view):
+            raise RequestError(
+                NbdError.EINVAL, f"{length} bytes at {position} are not within {len(self._view)} bytes of shared memory"
+            )
+        return self._view[position : position + length]
+
+    def close(self) -> None:
+        """The connection is over. Once is enough, twice does no harm."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+        self._view = memoryview(b"")
+        if self._map is not None:
+            with suppress(BufferError):  # an error's traceback has a part of it: it goes with that
+                self._map.close()
+
+
+def _mapped(fd: int) -> mmap.mmap:
+    """Raises OSError, and ValueError with what is wrong with it."""
+    if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+        raise ValueError("it is not sealed against shrinking")
+    size = os.fstat(fd).st_size
+    if not 0 < size <= MOST:
+        raise ValueError(f"it has {size} bytes, 1 to {MOST} are possible")
+    mapped = mmap.mmap(fd, size)
+    try:
+        # Maps that are there stay writable; but nobody can punch a hole any more, or shrink it, or take the seals away
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
+        if os.fstat(fd).st_blocks * _BLOCK < size:
+            raise ValueError("it is not allocated in full")
+    except BaseException:
+        mapped.close()
+        raise
+    return mapped
