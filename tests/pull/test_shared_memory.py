@@ -65,7 +65,9 @@ def test_all_of_it_comes_that_way_while_the_machine_writes(
     writer = threading.Thread(target=write)
     writer.start()
     options = PullOptions(connections=3, depth=4, most_depth=4, piece=piece)
-    report = pull(NbdUri.parse(server.uri("vda@s")), lambda size: RawTarget.create(str(tmp_path / "copy"), size), options)
+    report = pull(
+        NbdUri.parse(server.uri("vda@s")), lambda size: RawTarget.create(str(tmp_path / "copy"), size), options
+    )
     ended.set()
     writer.join()
     assert (tmp_path / "copy").read_bytes() == random_bytes(SIZE)

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from fleecing.block.snapshot_access import SnapshotAccess
 from fleecing.nbd.constants import ReplyMode
 from fleecing.server.export import Export
+from tests.block.rig import Rig, pattern
 from tests.server.rig import Disk, Line, MakeDisk, MakeLine
 from tests.server.world import START, Served
 from tests.serving import Server
@@ -22,6 +24,20 @@ def mode(request: pytest.FixtureRequest) -> ReplyMode:
     """Each of the three kinds of replies in turn."""
     assert isinstance(request.param, ReplyMode)
     return request.param
+
+
+@pytest.fixture
+def rig(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
+    """A disk whose snapshots have a temp with faults; as large as SIZE of the test's module says."""
+    made = Rig(tmp_path, pattern(request.module.SIZE))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def snapshot(rig: Rig) -> SnapshotAccess:
+    """Of the rig."""
+    return rig.snapshot()[0]
 
 
 @pytest.fixture

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -25,13 +24,6 @@ SIZE = 4 * CLUSTER
 SEE, READ = Access.SEE, Access.SEE | Access.READ
 WRITE, TRIM, ALL = READ | Access.WRITE, READ | Access.TRIM, ~Access(0)
 ANN = Certificate((frozenset({("commonName", "ann")}),))
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path, pattern(SIZE))
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -64,18 +64,6 @@ def memory() -> Iterator[Memory]:
 
 
 @pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path, pattern(SIZE))
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def snapshot(rig: Rig) -> SnapshotAccess:
-    return rig.snapshot()[0]
-
-
-@pytest.fixture
 def export(snapshot: SnapshotAccess) -> Export:
     return snapshot_export("vda@s", "", snapshot)
 

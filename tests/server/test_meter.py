@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -18,14 +16,6 @@ from tests.server.rig import CLUSTER, Disk, MakeDisk, MakeLine
 
 SIZE = 2 * MiB
 SIMPLE, STRUCTURED = ReplyMode.SIMPLE, ReplyMode.STRUCTURED
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    """A disk whose snapshots have a temp with faults."""
-    rig = Rig(tmp_path, pattern(SIZE))
-    yield rig
-    rig.close()
 
 
 @pytest.fixture

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 from bitarray import bitarray
 
@@ -20,18 +17,6 @@ SIZE = 2 * MiB + 5
 COUNT = SIZE // CLUSTER + 1
 ONCE = CmdFlag.READ_ONCE
 MODES = pytest.mark.parametrize("mode", [ReplyMode.STRUCTURED, ReplyMode.EXTENDED], ids=lambda mode: mode.value)
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path, pattern(SIZE))
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def snapshot(rig: Rig) -> SnapshotAccess:
-    return rig.snapshot()[0]
 
 
 @pytest.fixture

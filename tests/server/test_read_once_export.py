@@ -6,9 +6,7 @@ import random
 import socket
 import sys
 import threading
-from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -23,18 +21,6 @@ from tests.server.rig import MakeLine
 SIZE = 4 * MiB + 5
 COUNT = SIZE // CLUSTER + 1
 OLD = pattern(SIZE)
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path, OLD)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def snapshot(rig: Rig) -> SnapshotAccess:
-    return rig.snapshot()[0]
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,13 +19,6 @@ from tests.server.rig import MakeLine
 SIZE = 10 * CLUSTER + 5
 STRUCTURED = ReplyMode.STRUCTURED
 CONTEXTS = [BASE_ALLOCATION, ALLOCATION_DEPTH, CLUSTER_STATE]
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path, pattern(SIZE))
-    yield made
-    made.close()
 
 
 @pytest.fixture
