@@ -10,12 +10,6 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from typing import Final
-
-from fleecing.units import MiB
-
-MOST: Final = 64 * MiB
-"""Bytes that a server takes at the most."""
 
 
 class SharedMemory:

@@ -5,7 +5,8 @@
 
 Each connection has its thread (worker.py) and its slots; a slot is a piece on its way. A buffer is taken when the data
 comes: memory is connections x depth x piece at most, and a piece or two for each connection to a server that answers
-one request after the other. A piece is trimmed only when the target has it. The first error that no new connection
+one request after the other; with a server on the same host it is shared with that, and taken at the beginning, up to
+MOST_SHARED a connection. A piece is trimmed only when the target has it. The first error that no new connection
 mends stops everything: all connections are cut, the target is abandoned, or suspended where a journal can bring it
 back, and the error is raised.
 """

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from threading import Condition, Event
-from typing import Protocol
+from typing import Final, Protocol
 
 from fleecing.client.request import Request
 from fleecing.errors import ProtocolError, RequestError
@@ -23,12 +23,17 @@ from fleecing.pull.limiter import Bandwidth
 from fleecing.pull.need import Depth
 from fleecing.pull.plan import Piece, Plan
 from fleecing.pull.target import Target
+from fleecing.units import MiB
 
 log = logging.getLogger(__name__)
 
 _FIRST_DELAY, _LAST_DELAY = 0.05, 2.0
 """Seconds between attempts to connect again; each is twice the one before."""
 
+
+MOST_SHARED: Final = 8 * MiB
+"""Bytes of memory that a connection shares with its server, which are taken at once. The way to it is short: it is busy
+with two requests, and what is asked beyond the buffers that are there comes through the socket."""
 
 CheckCall = Callable[[memoryview], bytes]
 """The checksum of a piece's bytes."""
@@ -100,7 +105,8 @@ class Worker:
                     return
 
     def _work(self) -> None:
-        self._connection.share_memory(self._depth.now, self._shared.piece)
+        length = self._shared.piece
+        self._connection.share_memory(max(1, min(self._depth.now, MOST_SHARED // length)), length)
         while True:
             while len(self._on_the_way) < self._depth.now:
                 piece = self._shared.plan.take(self._ask, before=self._shared.target.limit())

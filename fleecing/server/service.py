@@ -323,13 +323,13 @@ class Service:
             return
         part = memory.part(position, length)
         for start in range(0, length, LARGEST_PIECE):
-            if length > LARGEST_PIECE:
+            if length >= GATHER:
                 self._out.give_way()
             self._node.read_into(offset + start, part[start : start + LARGEST_PIECE])
         self._done(_READ, cookie, offset, length)
         if self._receipts is not None:
             self._receipts.note(offset, length, once=bool(flags & _READ_ONCE))
-        if length > GATHER:
+        if length >= GATHER:
             self._out.send()  # the client can go on with it
 
     def announce(self, offset: int, length: int) -> None:
