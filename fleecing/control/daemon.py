@@ -38,6 +38,7 @@ from fleecing.errors import ConfigError
 from fleecing.events import Event, tell
 from fleecing.nbd.handshake import TlsMode
 from fleecing.server.access import Policy
+from fleecing.server.client_memory import MEMORIES
 from fleecing.server.limits import Limits
 from fleecing.server.listener import NbdServer
 
@@ -49,8 +50,9 @@ READY = "Ready. Ctrl-C or SIGTERM stops the server."
 CALLS = 32
 """Calls of the control API that may be at work at a time."""
 
-FREE_FILES = 256
-"""File descriptors that NBD clients leave to disks, snapshots and the control API."""
+FREE_FILES = 256 + MEMORIES
+"""File descriptors that the connections of NBD clients leave to disks, snapshots and the control API, and to memory
+that clients share."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

@@ -17,22 +17,25 @@ import mmap
 import os
 import socket
 from array import array
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
 
 from fleecing.errors import RequestError
 from fleecing.nbd.constants import NbdError
+from fleecing.server.budget import Budget
 from fleecing.units import MiB
 
 MOST: Final = 64 * MiB
 """Bytes of a client's memory."""
 
+MEMORIES: Final = 64
+"""Of all clients together. Each takes a descriptor beside that of its connection, as long as that lasts."""
+
 _F_SEAL_FUTURE_WRITE: Final = 0x10
 """linux/fcntl.h; `fcntl` of Python 3.11 has no name for it."""
 
-_MOST_DESCRIPTORS: Final = 4
-"""Of one message: more are closed by the system."""
+_ONE_DESCRIPTOR: Final = socket.CMSG_LEN(array("i").itemsize)
+"""Bytes of ancillary data: the system closes what is more."""
 
 _BLOCK: Final = 512
 """Bytes that `st_blocks` counts in."""
@@ -41,38 +44,40 @@ _BLOCK: Final = 512
 class ClientMemory:
     """For the connection's thread alone."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, memories: Budget) -> None:
+        """`memories`: how many there may be yet, of all clients."""
         self._sock = sock
+        self._memories = memories
         self._fd: int | None = None
+        self._is_counted = False
         self._map: mmap.mmap | None = None
         self._view = memoryview(b"")
 
     def recv_into(self, view: memoryview) -> int:
-        """As of the socket. A descriptor that comes with it is kept until `attach`, the first one."""
-        if self._map is not None:
+        """As of the socket. The first descriptor that comes is kept until `attach`; all others the system closes."""
+        if self._is_counted:
             return self._sock.recv_into(view)
-        space = socket.CMSG_SPACE(_MOST_DESCRIPTORS * array("i").itemsize)
-        count, ancillary, *_ = self._sock.recvmsg_into([view], space, socket.MSG_CMSG_CLOEXEC)
-        self._keep_first(ancillary)
+        count, ancillary, *_ = self._sock.recvmsg_into([view], _ONE_DESCRIPTOR, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self._keep(*array("i", data))
         return count
 
-    def _keep_first(self, ancillary: Sequence[tuple[int, int, bytes]]) -> None:
-        for level, kind, data in ancillary:
-            if (level, kind) != (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                continue
-            descriptors = array("i", data[: len(data) - len(data) % array("i").itemsize])
-            for fd in descriptors:
-                if self._fd is None:
-                    self._fd = fd
-                else:
-                    os.close(fd)
+    def _keep(self, fd: int) -> None:
+        self._is_counted = self._memories.take(1, 0)
+        if self._is_counted:
+            self._fd = fd
+        else:
+            os.close(fd)
 
     def attach(self) -> None:
         """Have the memory whose descriptor has come. Raises RequestError where there is none, or it is of no use."""
         if self._map is not None:
             raise RequestError(NbdError.EINVAL, "this connection has its shared memory already")
         if self._fd is None:
-            raise RequestError(NbdError.EINVAL, "no descriptor of the memory to be shared has come")
+            raise RequestError(
+                NbdError.EINVAL, f"no descriptor has come of memory to be shared, or {MEMORIES} are shared already"
+            )
         fd, self._fd = self._fd, None
         try:
             self._map = _mapped(fd)
@@ -99,6 +104,9 @@ class ClientMemory:
         if self._map is not None:
             with suppress(BufferError):  # an error's traceback has a part of it: it goes with that
                 self._map.close()
+        if self._is_counted:
+            self._memories.give_back(1)
+            self._is_counted = False
 
 
 def _mapped(fd: int) -> mmap.mmap:

@@ -103,6 +103,7 @@ class Connection:
         leftover: bytes,
         *,
         budget: Budget,
+        memories: Budget,
         shares: Shares,
         poller: Poller,
         on_close: Callable[[Connection], None],
@@ -131,7 +132,7 @@ class Connection:
         self._memory: ClientMemory | None = None  # what it shares with us
         self._recv_into: Callable[[memoryview], int] = sock.recv_into
         if isinstance(sock, socket.socket) and SHARED_MEMORY in (name for _, name in agreement.contexts):
-            self._memory = memory = ClientMemory(sock)
+            self._memory = memory = ClientMemory(sock, memories)
             self._recv_into = memory.recv_into
         self._service = Service(
             agreement, export, self._out, meter, budget, shares, receipts, limits or Limits(), self._memory

@@ -18,6 +18,7 @@ from fleecing.events import Event, of_export, tell
 from fleecing.nbd.handshake import ServerHandshake, TlsMode
 from fleecing.server.access import Catalog, ClientCatalog, Policy
 from fleecing.server.budget import Budget
+from fleecing.server.client_memory import MEMORIES
 from fleecing.server.connection import Connection
 from fleecing.server.door import Door
 from fleecing.server.limits import Limits
@@ -56,6 +57,7 @@ class NbdServer:
         self._limits = limits or Limits()
         self._door = Door(self._limits)
         self._budget = Budget(self._limits.read_memory)
+        self._memories = Budget(MEMORIES)
         self._shares = Shares(self._limits.all_requests_in_flight, self._limits.all_bytes_in_flight)
         self._poller = Poller()
         self._listeners: list[socket.socket] = []
@@ -216,6 +218,7 @@ class NbdServer:
             export,
             handshake.leftover,
             budget=self._budget,
+            memories=self._memories,
             shares=self._shares,
             poller=self._poller,
             on_close=lambda connection: self._closed(loop, connection, ip),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fleecing.nbd import options
-from fleecing.nbd.constants import IHAVEOPT, ClientFlag, Cmd, CmdFlag, NbdError, Opt, ReplyMode
+from fleecing.nbd.constants import IHAVEOPT, SHARED_MEMORY, ClientFlag, Cmd, CmdFlag, NbdError, Opt, ReplyMode
 from fleecing.nbd.handshake import MAX_CONSUMED
+from fleecing.server.client_memory import MEMORIES
 from fleecing.server.export import MAXIMUM_PAYLOAD
 from fleecing.server.outbox import LARGEST_PIECE
 from fleecing.units import KiB, MiB
@@ -139,4 +143,25 @@ def test_more_clients_than_descriptors_leave_the_operator_and_the_guest_alone(
         for sock in [*crowd, turned_away]:
             sock.close()
     guest.sock.close()
+    field.stop()
+
+
+def test_a_crowd_that_shares_memory_leaves_the_operator_descriptors(tmp_path: Path) -> None:
+    """Each memory takes a descriptor of the server's: so there are so many and no more, and the rest do without."""
+    field = Field(tmp_path, SIZE, wrapper=("prlimit", "--nofile=1024:1024"))
+    with Witness(field, newcomers=False):
+        crowd = [field.enter("vda", ReplyMode.EXTENDED, [SHARED_MEMORY]) for _ in range(600)]
+        answers = []
+        for wire in crowd:
+            memory = os.memfd_create("crowd", os.MFD_ALLOW_SEALING)
+            os.posix_fallocate(memory, 0, MiB)
+            fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+            socket.send_fds(wire.sock, [wire.shared_read(0, 0, 0)], [memory])
+            os.close(memory)
+            answers.append(wire.reply().error)
+        assert answers == [0] * MEMORIES + [NbdError.EINVAL] * (600 - MEMORIES)
+        field.server.freeze("vda", name="in-the-crowd")
+        assert field.server.delete("vda@in-the-crowd")
+        for wire in crowd:
+            wire.sock.close()
     field.stop()

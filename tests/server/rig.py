@@ -17,6 +17,7 @@ from fleecing.nbd import options
 from fleecing.nbd.constants import ClientFlag, Cmd, Opt, ReplyMode
 from fleecing.nbd.handshake import Agreement, ExportInfo, ServerHandshake
 from fleecing.server.budget import Budget
+from fleecing.server.client_memory import MEMORIES
 from fleecing.server.connection import Connection
 from fleecing.server.export import MAXIMUM_PAYLOAD, Export, active_export
 from fleecing.server.limits import Limits
@@ -170,6 +171,7 @@ class Line(Wire):
         *,
         leftover: bytes = b"",
         budget: Budget | None = None,
+        memories: Budget | None = None,
         buffer: int | None = None,
         limits: Limits | None = None,
         shares: Shares | None = None,
@@ -190,6 +192,7 @@ class Line(Wire):
             export,
             leftover,
             budget=budget or Budget(4 * MAXIMUM_PAYLOAD),
+            memories=memories or Budget(MEMORIES),
             shares=shares or Shares(Limits().all_requests_in_flight, Limits().all_bytes_in_flight),
             poller=poller or Poller(),
             on_close=lambda _: self.closed.set(),
