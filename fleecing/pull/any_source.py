@@ -81,6 +81,10 @@ class AnySource(Protocol):
     def may_share(self) -> bool:
         """Several connections see the same."""
 
+    @property
+    def takes_cpus(self) -> bool:
+        """Its server, another process on this host, has a machine to serve: who copies steps back for it."""
+
     def connect(self) -> AnyConnection:
         """One more."""
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import time
 import zlib
 from collections.abc import Callable
@@ -45,6 +46,11 @@ MOST_MEMORY: Final = 64 * MiB
 
 GROW_SECONDS: Final = 1.0
 """How long is measured before another connection is tried."""
+
+NICENESS: Final = 10
+"""Of the threads that copy a snapshot on the same host. A guest that writes 1000 times a second on two CPUs had p99
+2.3 to 2.7 ms beside them where it had 2.9 to 3.7 ms, and a median of 0.2 ms for 0.35; the copy lost 3 to 8 %, and
+nothing where the guest did nothing."""
 
 SYNC_SECONDS: Final = 5.0
 """How often the target is made durable where there is a journal: what a power cut may cost."""
@@ -226,7 +232,8 @@ class _Pull:
         started = synced = time.monotonic()
         threads = max(len(self._connections), self._most_connections)
         crowd = _Growth(self, self._most_connections)
-        with ThreadPoolExecutor(threads, thread_name_prefix="pull") as pool:
+        manners = _step_back if self.source.takes_cpus else None
+        with ThreadPoolExecutor(threads, thread_name_prefix="pull", initializer=manners) as pool:
             try:
                 self._workers += [Worker(self, connection) for connection in self._connections]
                 running = {pool.submit(worker.run) for worker in self._workers}
@@ -391,6 +398,13 @@ class _Growth:
         count = len(self._copying.workers)
         seconds = now[0] - then
         return self._crowd.wants_more(count, (now[1] - data) / seconds, (now[2] - waited) / seconds / count)
+
+
+def _step_back() -> None:
+    """For a thread of a copy beside the machine: what has been chosen for it by somebody else stays."""
+    with suppress(OSError):  # a sandbox that does not allow it
+        if os.getpriority(os.PRIO_PROCESS, 0) == 0:  # on Linux that is the thread
+            os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
 
 
 def _piece(options: PullOptions) -> int:

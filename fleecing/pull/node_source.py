@@ -92,6 +92,8 @@ class NodeSource:
 
     may_share = True
     is_snapshot = True
+    takes_cpus = False
+    """The server's own threads hold its interpreter's lock: with a lower priority they would hold up the machine."""
     bitmap: str | None = None
     """Whole disks only."""
 

@@ -90,6 +90,11 @@ class Source:
         """ "CAN_MULTI_CONN": several connections see the same."""
         return self.first.can(TransmissionFlag.CAN_MULTI_CONN)
 
+    @property
+    def takes_cpus(self) -> bool:
+        """A snapshot on this host."""
+        return self.is_snapshot and self.uri.socket is not None
+
     def status_call(self, connection: AnyConnection) -> StatusCall | None:
         """How to ask for the contents over this connection; None where it cannot be asked."""
         assert isinstance(connection, Connection)

@@ -102,6 +102,7 @@ class Disk:
     uri = "memory"
     bitmap = None
     may_share = True
+    takes_cpus = False
     size = SIZE
 
     def __init__(

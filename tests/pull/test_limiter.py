@@ -46,6 +46,7 @@ class Memory:
     is_snapshot = is_lost = False
     waited = 0.0
     may_share = True
+    takes_cpus = False
     minimum_block, preferred_block, maximum_payload = 1, 64 * KiB, 32 * MiB
 
     def __init__(self, data: bytes, clock: Clock) -> None:
