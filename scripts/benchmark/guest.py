@@ -67,7 +67,11 @@ def during_pull(house: House, *, depth: int, rate: int = 0, by_ours: bool = Fals
         cpu = offer.server.child.cpu()
         writer = Writer(house, offer.disk, depth=depth, rate=rate)
         try:
-            report = pull_to_nowhere(house, offer.snapshot) if by_ours else _pull(house, offer.snapshot, trim=True)
+            if by_ours:
+                impartial = isinstance(offer.server, Ours) and offer.server.impartial
+                report = pull_to_nowhere(house, offer.snapshot, nicely=not impartial)
+            else:
+                report = _pull(house, offer.snapshot, trim=True)
         finally:
             samples = writer.stop()
         began, ended = report["began"], report["ended"]
@@ -144,9 +148,12 @@ def _pull(house: House, uri: str, *, trim: bool, rate: float = 0.0) -> dict[str,
     return report
 
 
-def pull_to_nowhere(house: House, uri: str) -> dict[str, float]:
-    """The report of a `fleecing pull` with TRIM, as fast as it goes; it began when it was connected."""
-    pull = [*COMMAND, "pull", uri, "-", "--json"]
+def pull_to_nowhere(house: House, uri: str, *, nicely: bool = True) -> dict[str, float]:
+    """The report of a `fleecing pull` with TRIM, as fast as it goes; it began when it was connected.
+
+    `nicely`: as nice as it is by itself; else with a niceness that somebody has chosen, the least there is.
+    """
+    pull = [*([] if nicely else ["nice", "-n", "1"]), *COMMAND, "pull", uri, "-", "--json"]
     with Process(["bash", "-c", 'exec "$@" > /dev/null', "bash", *pull], house.log, env=TREE) as client:
         said = json.loads(client.wait_line('"event": "(done|failed)"'))
         ended = time.time()

@@ -169,7 +169,7 @@ def _guest_first(house: House) -> Iterator[Row]:
     for name, title, rate in (("1000", "1000 writes/s of 4 KiB", 1000), ("4k-d16", "random write 4 KiB, depth 16,", 0)):
         yield Row(
             f"guest-first-{name}-unix",
-            f"{title} while `fleecing pull` runs, against a server where the guest does not go first",
+            f"{title} while `fleecing pull` runs, against where the guest does not go first",
             Stage(snapshot=Snapshot.FRESH, alone=True),
             (OURS, IMPARTIAL),
             during_pull(house, depth=16, rate=rate, by_ours=True),

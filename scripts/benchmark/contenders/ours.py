@@ -33,8 +33,9 @@ def lacks(house: House, transport: Transport) -> str:
 class Ours:
     """A running server, and its control API."""
 
-    def __init__(self, child: Process, control: str) -> None:
+    def __init__(self, child: Process, control: str, *, impartial: bool = False) -> None:
         self.child = child
+        self.impartial = impartial
         self._control = ControlClient(control)
         self.uri = str(self._control.request("GET", "/v1/disks")["disks"][0]["uris"][0])
 
@@ -74,7 +75,7 @@ def serve(house: House, image: Path, transport: Transport, program: Sequence[str
     command = [*program, "serve", image, "--name", "vda", "--control", control, "--state-dir", folder, *listen]
     with Process(command, house.log, env=TREE) as child:
         child.wait_line("^Ready")
-        server = Ours(child, str(control))
+        server = Ours(child, str(control), impartial=program == _IMPARTIAL)
         if transport is Transport.TLS:
             server.uri = with_certificates(house, server.uri)
         yield server
