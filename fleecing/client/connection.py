@@ -137,7 +137,7 @@ class Connection:
 
     def release(self, request: Request) -> None:
         """Nobody uses the buffer of this late read any more, which is finished: another one may come there."""
-        if request.position is not None:
+        if request.position is not None and request.finished:
             assert self._memory is not None, "who has no memory has no positions in it"
             self._memory.give_back(request.position)
             request.position = request.buffer = None
@@ -149,7 +149,8 @@ class Connection:
         changes. Raises what `wait` does for a connection that is lost.
         """
         self._check_there()
-        if SHARED_MEMORY not in self.contexts or self.mode is not ReplyMode.EXTENDED:
+        can = self.mode is ReplyMode.EXTENDED and isinstance(self._socket, socket.socket) and self._memory is None
+        if SHARED_MEMORY not in self.contexts or not can:
             return
         try:
             memory = SharedMemory(count, length)

@@ -7,9 +7,15 @@ that no access of the server can fail. We never write to it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
+from typing import Final
+
+_F_ADD_SEALS: Final = 1033
+_F_SEAL_SHRINK: Final = 0x2
+"""linux/fcntl.h; a Python that was built on an old system has no names for these."""
 
 
 class SharedMemory:
@@ -18,10 +24,12 @@ class SharedMemory:
     def __init__(self, count: int, length: int) -> None:
         """Raises OSError where the system has no such memory."""
         self.length = length
+        if not hasattr(os, "memfd_create"):  # a Python that was built on an old system
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         self.fd = os.memfd_create("fleecing pull", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.posix_fallocate(self.fd, 0, count * length)
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_SHRINK)
             self._map = mmap.mmap(self.fd, count * length, prot=mmap.PROT_READ)
         except BaseException:
             os.close(self.fd)

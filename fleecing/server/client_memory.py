@@ -31,8 +31,13 @@ MOST: Final = 64 * MiB
 MEMORIES: Final = 64
 """Of all clients together. Each takes a descriptor beside that of its connection, as long as that lasts."""
 
+_F_ADD_SEALS: Final = 1033
+_F_GET_SEALS: Final = 1034
+_F_SEAL_SEAL: Final = 0x1
+_F_SEAL_SHRINK: Final = 0x2
+_F_SEAL_GROW: Final = 0x4
 _F_SEAL_FUTURE_WRITE: Final = 0x10
-"""linux/fcntl.h; `fcntl` of Python 3.11 has no name for it."""
+"""linux/fcntl.h; a Python that was built on an old system has no names for these."""
 
 _ONE_DESCRIPTOR: Final = socket.CMSG_LEN(array("i").itemsize)
 """Bytes of ancillary data: the system closes what is more."""
@@ -111,7 +116,7 @@ class ClientMemory:
 
 def _mapped(fd: int) -> mmap.mmap:
     """Raises OSError, and ValueError with what is wrong with it."""
-    if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+    if not fcntl.fcntl(fd, _F_GET_SEALS) & _F_SEAL_SHRINK:
         raise ValueError("it is not sealed against shrinking")
     size = os.fstat(fd).st_size
     if not 0 < size <= MOST:
@@ -119,7 +124,8 @@ def _mapped(fd: int) -> mmap.mmap:
     mapped = mmap.mmap(fd, size)
     try:
         # Maps that are there stay writable; but nobody can punch a hole any more, or shrink it, or take the seals away
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
+        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | _F_SEAL_GROW | _F_SEAL_SEAL)
+        os.ftruncate(fd, size)  # blocks behind the end would be counted as well: they go, and cannot come back
         if os.fstat(fd).st_blocks * _BLOCK < size:
             raise ValueError("it is not allocated in full")
     except BaseException:

@@ -83,6 +83,7 @@ class Service:
         self._export_name = export.name
         self._receipts = receipts
         self._memory = memory
+        self._shared_unsent = 0  # bytes that were put there since the last send
         self._changes = export.changes
         self._submit_trim = export.submit_trim
         self._out = out
@@ -323,14 +324,17 @@ class Service:
             return
         part = memory.part(position, length)
         for start in range(0, length, LARGEST_PIECE):
-            if length >= GATHER:
+            piece = part[start : start + LARGEST_PIECE]
+            self._shared_unsent += len(piece)
+            if self._shared_unsent >= GATHER:
                 self._out.give_way()
-            self._node.read_into(offset + start, part[start : start + LARGEST_PIECE])
+            self._node.read_into(offset + start, piece)
         self._done(_READ, cookie, offset, length)
         if self._receipts is not None:
             self._receipts.note(offset, length, once=bool(flags & _READ_ONCE))
-        if length >= GATHER:
-            self._out.send()  # the client can go on with it
+        if self._shared_unsent >= GATHER:
+            self._shared_unsent = 0
+            self._out.send()  # the client can go on with it, or is gone
 
     def announce(self, offset: int, length: int) -> None:
         """A READ that is served soon. Whatever is wrong with it is told when it is."""

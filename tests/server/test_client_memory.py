@@ -260,6 +260,7 @@ def test_memory_that_could_fail_or_cost_us_is_refused() -> None:
         (Memory(flags=0), "it is not sealed against shrinking"),
         (Memory(allocated=0), "it is not allocated in full"),
         (Memory(allocated=MiB - mmap.PAGESIZE), "it is not allocated in full"),
+        (_with_blocks_behind(), "it is not allocated in full"),
         (Memory(0), f"it has 0 bytes, 1 to {MOST} are possible"),
         (Memory(MOST + 1, allocated=0), f"it has {MOST + 1} bytes, 1 to {MOST} are possible"),
         (Memory(seals=fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL), "Operation not permitted"),
@@ -298,17 +299,30 @@ def test_memory_stays_as_it_was_attached(memory: Memory) -> None:
         ):
             with pytest.raises(PermissionError):
                 change()
-        assert _punch(memory.fd) == errno.EPERM
+        assert _punch(memory.fd) == _fallocate(memory.fd, 1, MiB) == errno.EPERM
         assert os.fstat(memory.fd).st_blocks * 512 == MiB
         attached.part(0, MiB)[:] = bytes(MiB)
         attached.close()
 
 
 def _punch(fd: int) -> int:
+    keep_size_punch_hole = 3
+    return _fallocate(fd, keep_size_punch_hole, 0)
+
+
+def _fallocate(fd: int, mode: int, offset: int) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    keep_size_punch_hole = 3
-    return ctypes.get_errno() if libc.fallocate(fd, keep_size_punch_hole, 0, MiB) else 0
+    return ctypes.get_errno() if libc.fallocate(fd, mode, offset, MiB) else 0
+
+
+def _with_blocks_behind() -> Memory:
+    """All holes; but as many blocks as it should have are there, behind its end."""
+    memory = Memory(allocated=0)
+    keep_size = 1
+    assert not _fallocate(memory.fd, keep_size, MiB)
+    assert os.fstat(memory.fd).st_blocks * 512 == MiB
+    return memory
 
 
 # Descriptors
