@@ -102,16 +102,16 @@ class ClientMemory:
 
     def close(self) -> None:
         """The connection is over. Once is enough, twice does no harm."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        if self._is_counted:
+            self._memories.give_back(1)
+            self._is_counted = False
         self._view = memoryview(b"")
         if self._map is not None:
             with suppress(BufferError):  # an error's traceback has a part of it: it goes with that
                 self._map.close()
-        if self._is_counted:
-            self._memories.give_back(1)
-            self._is_counted = False
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
 
 
 def _mapped(fd: int) -> mmap.mmap:

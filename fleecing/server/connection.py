@@ -24,6 +24,7 @@ without structured replies one READ of up to the maximum payload, out of a budge
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -262,12 +263,15 @@ class Connection:
             self._sock.end()
         self._shutdown(socket.SHUT_RDWR)
         self._sock.close()
-        if self._memory is not None:
-            self._memory.close()
         self._meter.sent()  # what the client did not wait for
         self.export.traffic.close(self._meter)
         self.export.release()
         self._poller.leave()
+        if self._memory is not None:
+            with contextlib.suppress(
+                OSError
+            ):  # who knows what descriptor the client has sent, and how its closing goes
+                self._memory.close()
         self._on_close(self)
 
     def _receive(self) -> bool:

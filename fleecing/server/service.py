@@ -328,7 +328,11 @@ class Service:
             self._shared_unsent += len(piece)
             if self._shared_unsent >= GATHER:
                 self._out.give_way()
-            self._node.read_into(offset + start, piece)
+            try:
+                self._node.read_into(offset + start, piece)
+            except BaseException:
+                part[:] = bytes(length)  # bytes that are not the snapshot's may have come by before it was noticed
+                raise
         self._done(_READ, cookie, offset, length)
         if self._receipts is not None:
             self._receipts.note(offset, length, once=bool(flags & _READ_ONCE))

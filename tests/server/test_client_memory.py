@@ -157,6 +157,7 @@ def test_an_error_on_the_way_is_told_and_the_connection_goes_on(
     assert attach(client, memory.fd).error == 0
     reply = shared(client, 0, MiB, 0)
     assert (reply.error, reply.text) == (NbdError.EIO, f"READ of {MiB} bytes at 0: Input/output error")
+    assert memory.read(0, MiB) == bytes(MiB)  # nothing stays of what may not be the snapshot's
     assert shared(client, MiB, MiB, 0).error == 0
     assert memory.read(0, MiB) == pattern(SIZE)[MiB : 2 * MiB]
 
